@@ -1,0 +1,277 @@
+"""The Gaussian unknown-mean model: a conditional variational autoencoder with a known answer.
+
+A condition c shifts an unknown mean z, and we see z through noise. The generative process, with
+the prior's standard deviation sigma_0 known, and parameters theta = (theta_1, theta_2, theta_3):
+
+    z | c     ~  Normal(theta_1 + theta_2 * c,  sigma_0^2)          the prior     p(z | c)
+    x | z, c  ~  Normal(z,  exp(theta_3))                           the likelihood p(x | z, c)
+
+The guide looks at the observation and says where z must have been, with parameters phi:
+
+    z | x, c  ~  Normal(phi_1 * x + phi_2 * c + phi_3,  exp(phi_4))                q(z | x, c)
+
+Second arguments are variances. Training maximises the evidence lower bound (ELBO) of each datum,
+
+    log p(x | c)  >=  E_q [ log p(x, z | c) - log q(z | x, c) ]
+                   =  log p(x | c) - KL(q(z | x, c) || p(z | x, c)),
+
+over theta and phi together: theta makes the data likely, phi makes the bound tight. This is a
+conditional VAE (Sohn, Lee & Yan 2015, who write x -> y for our c -> x) whose two networks are
+affine maps. Here everything is Gaussian, so the best theta and phi are formulas, at the end of
+this file, and what training finds can be held against them.
+
+The source is Tuan Anh Le's note "Conditional Variational Autoencoders" (27 June 2018). We
+deviate from it in nothing but where the search starts.
+
+| on paper      | in code                     | what it is                                       |
+|---------------|-----------------------------|--------------------------------------------------|
+| c, x, z       | ``c``, ``x``, ``z``         | condition, observation, latent mean; each (N,)   |
+| theta_1..3    | params ``theta_1..theta_3`` | prior's intercept and slope, log noise variance  |
+| phi_1..4      | params ``phi_1..phi_4``     | guide's slopes, intercept, log variance          |
+| sigma_0       | ``sigma_0``                 | known standard deviation of the prior            |
+| mu_0, sigma   | ``mu_0``, ``sigma``         | the truth: z's mean at c = 0, noise's deviation  |
+| s^2           | ``marginal_variance``       | sigma_0^2 + sigma^2, the variance of x given c   |
+| k             | ``gain``                    | sigma_0^2 / s^2, how far z follows x             |
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jax import random
+from jaxtyping import Array, Float
+
+# --- configuration --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The process that makes the data: theta = (mu_0, 1, log sigma^2) and c ~ Normal(0, 1).
+
+    Attributes:
+        mu_0: the mean of z where c is zero.
+        sigma_0: standard deviation of z given c, positive.
+        sigma: standard deviation of x given z, positive.
+
+    Raises:
+        ValueError: a deviation is not positive, or a number is not finite.
+    """
+
+    mu_0: float = 1.0
+    sigma_0: float = 1.0
+    sigma: float = 1.0
+
+    def __post_init__(self):
+        if not math.isfinite(self.mu_0):
+            raise ValueError(f"mu_0: expected a finite number, got {self.mu_0}")
+        for name in ("sigma_0", "sigma"):
+            _require_deviation(name, getattr(self, name))
+
+    @property
+    def marginal_variance(self) -> float:
+        """s^2 = sigma_0^2 + sigma^2: x given c is a sum of two independent Gaussians."""
+        return self.sigma_0**2 + self.sigma**2
+
+    @property
+    def gain(self) -> float:
+        """k = sigma_0^2 / s^2, the regression coefficient of z on x given c."""
+        return self.sigma_0**2 / self.marginal_variance
+
+    def simulate(self, num_data: int, seed: int) -> dict[str, Float[np.ndarray, " N"]]:
+        """Draws ``num_data`` pairs of a condition ``c`` and an observation ``x``."""
+        if num_data < 1:
+            raise ValueError(f"num_data: expected at least 1, got {num_data}")
+        rng = np.random.default_rng(seed)
+        c = rng.normal(size=num_data)
+        z = rng.normal(self.mu_0 + c, self.sigma_0)
+        x = rng.normal(z, self.sigma)
+        return {"c": c.astype(np.float32), "x": x.astype(np.float32)}
+
+
+def _require_deviation(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a positive, finite standard deviation, got {value}")
+
+
+# --- model and guide ------------------------------------------------------------------------------
+#
+# Where the search starts: the guide believes the observation (z = x, give or take sigma_0), the
+# prior sits somewhere near ``x_loc``, a rough location of the data, and does not depend on c. The
+# key in ``numpyro.param`` is the program's own, so every seed starts elsewhere.
+
+
+@dataclass(frozen=True)
+class Model:
+    """p(x, z | c). Call it with ``x=None`` to generate.
+
+    Attributes:
+        sigma_0: known standard deviation of the prior, positive.
+        x_loc: where the search for the prior's mean starts.
+    """
+
+    sigma_0: float = 1.0
+    x_loc: float = 0.0
+
+    def __post_init__(self):
+        _require_deviation("sigma_0", self.sigma_0)
+
+    def __call__(self, c: Float[Array, " N"], x: Float[Array, " N"] | None = None) -> None:
+        """Samples z and x given c, and observes x if it is given."""
+        start = 2 * math.log(self.sigma_0)
+        theta_1 = numpyro.param(
+            "theta_1", lambda key: self.x_loc + self.sigma_0 * random.normal(key)
+        )
+        theta_2 = numpyro.param("theta_2", lambda key: self.sigma_0 * random.normal(key))
+        theta_3 = numpyro.param("theta_3", lambda key: start + 0.1 * random.normal(key))
+        with numpyro.plate("data", len(c)):
+            z = numpyro.sample("z", dist.Normal(theta_1 + theta_2 * c, self.sigma_0))
+            numpyro.sample("x", dist.Normal(z, jnp.exp(theta_3 / 2)), obs=x)
+
+
+@dataclass(frozen=True)
+class Guide:
+    """q(z | x, c), the amortised posterior: one affine map serves every datum.
+
+    Attributes:
+        sigma_0: the scale on which z varies, positive.
+    """
+
+    sigma_0: float = 1.0
+
+    def __post_init__(self):
+        _require_deviation("sigma_0", self.sigma_0)
+
+    def __call__(self, c: Float[Array, " N"], x: Float[Array, " N"]) -> None:
+        """Samples z given x and c."""
+        start = 2 * math.log(self.sigma_0)
+        phi_1 = numpyro.param("phi_1", 1.0)
+        phi_2 = numpyro.param("phi_2", lambda key: 0.1 * self.sigma_0 * random.normal(key))
+        phi_3 = numpyro.param("phi_3", lambda key: self.sigma_0 * random.normal(key))
+        phi_4 = numpyro.param("phi_4", lambda key: start + 0.1 * random.normal(key))
+        with numpyro.plate("data", len(c)):
+            numpyro.sample("z", dist.Normal(phi_1 * x + phi_2 * c + phi_3, jnp.exp(phi_4 / 2)))
+
+
+# --- what is known in closed form -----------------------------------------------------------------
+
+PARAMETERS = ("theta_1", "theta_2", "theta_3", "phi_1", "phi_2", "phi_3", "phi_4")
+
+
+def posterior(
+    params: Mapping[str, float], sigma_0: float, c: Float[Array, " N"], x: Float[Array, " N"]
+) -> tuple[Float[Array, " N"], Float[Array, ""]]:
+    """The exact p(z | x, c) of a model with parameters theta: its mean and standard deviation.
+
+    Precisions add, 1 / v = 1 / sigma_0^2 + 1 / exp(theta_3), and the mean is the
+    precision-weighted average of the observation and the prior's mean.
+    """
+    variance = jnp.exp(params["theta_3"])
+    prior_mean = params["theta_1"] + params["theta_2"] * c
+    gain = sigma_0**2 / (sigma_0**2 + variance)
+    return gain * x + (1 - gain) * prior_mean, jnp.sqrt(gain * variance)
+
+
+def log_likelihood(
+    params: Mapping[str, float], sigma_0: float, c: Float[Array, " N"], x: Float[Array, " N"]
+) -> Float[Array, " N"]:
+    """The exact log p(x | c) of a model with parameters theta, in nats, for each datum.
+
+    x = (theta_1 + theta_2 c) + (z's deviation) + (noise): a Gaussian whose variances add.
+    """
+    scale = jnp.sqrt(sigma_0**2 + jnp.exp(params["theta_3"]))
+    return dist.Normal(params["theta_1"] + params["theta_2"] * c, scale).log_prob(x)
+
+
+def _with_phi(theta_1: float, theta_2: float, theta_3: float, sigma_0: float) -> dict[str, float]:
+    """theta together with the phi that makes the guide that model's exact posterior.
+
+    The coefficients of x, c and 1 in ``posterior``'s mean, and the log of its variance.
+    """
+    gain = sigma_0**2 / (sigma_0**2 + math.exp(theta_3))
+    return {
+        "theta_1": theta_1,
+        "theta_2": theta_2,
+        "theta_3": theta_3,
+        "phi_1": gain,
+        "phi_2": (1 - gain) * theta_2,
+        "phi_3": (1 - gain) * theta_1,
+        "phi_4": math.log(sigma_0**2 * (1 - gain)),
+    }
+
+
+def optimum(truth: Truth) -> dict[str, float]:
+    """theta*, phi*: the ELBO's unique maximum over infinitely many data.
+
+    theta* is the truth (Gibbs' inequality), phi* the exact posterior, so that the bound is tight.
+    """
+    return _with_phi(truth.mu_0, 1.0, 2 * math.log(truth.sigma), truth.sigma_0)
+
+
+def optimal_elbo(truth: Truth) -> float:
+    """The ELBO at the optimum, nats per datum: minus the entropy of x given c, whatever p(c)."""
+    return -0.5 * math.log(2 * math.pi * math.e * truth.marginal_variance)
+
+
+class NoMaximumError(ValueError):
+    """The data at hand have no maximum-likelihood solution, or more than one."""
+
+
+def maximum_likelihood(
+    data: Mapping[str, Float[np.ndarray, " N"]], sigma_0: float
+) -> tuple[dict[str, float], float]:
+    """The parameters that maximise the ELBO of these data, and that ELBO in nats per datum.
+
+    log p(x | c) is a linear regression with variance sigma_0^2 + exp(theta_3): theta_1, theta_2
+    are ordinary least squares, exp(theta_3) is the mean squared residual less sigma_0^2.
+
+    Raises:
+        NoMaximumError: c does not vary, so that theta_1 and theta_2 trade off, or the residual
+            variance does not exceed sigma_0^2, so that the likelihood grows as theta_3 falls to
+            minus infinity.
+    """
+    c, x = np.asarray(data["c"], np.float64), np.asarray(data["x"], np.float64)
+    if np.ptp(c) == 0:
+        raise NoMaximumError(
+            f"c: expected conditions that vary, got {len(c)} times {c[0]:g}; only "
+            f"theta_1 + {c[0]:g} * theta_2 is identified; give more data, with different c"
+        )
+    theta_2 = np.mean((c - c.mean()) * (x - x.mean())) / np.var(c)
+    theta_1 = x.mean() - theta_2 * c.mean()
+    residual_variance = np.mean((x - theta_1 - theta_2 * c) ** 2)
+    if residual_variance <= sigma_0**2:
+        raise NoMaximumError(
+            f"x: expected a residual variance above sigma_0^2 = {sigma_0**2:.6g}, got "
+            f"{residual_variance:.6g} from {len(x)} data; the likelihood has no maximum (theta_3 "
+            f"runs to minus infinity); give more data or a smaller sigma_0"
+        )
+    theta_3 = math.log(residual_variance - sigma_0**2)
+    elbo = -0.5 * math.log(2 * math.pi * math.e * residual_variance)
+    return _with_phi(float(theta_1), float(theta_2), theta_3, sigma_0), elbo
+
+
+def standard_errors(
+    truth: Truth, num_data: int, c_mean: float = 0.0, c_variance: float = 1.0
+) -> dict[str, float]:
+    """How far the maximum-likelihood solution of ``num_data`` data lies from the optimum.
+
+    Least squares gives theta_1 and theta_2 their textbook errors; the residual variance has the
+    relative error sqrt(2 / N); the rest is the delta method through ``_with_phi``, with the
+    regression and the residual variance independent.
+    """
+    k, s2 = truth.gain, truth.marginal_variance
+    relative = math.sqrt(2 / num_data)
+    theta_1 = math.sqrt(s2 * (1 + c_mean**2 / c_variance) / num_data)
+    theta_2 = math.sqrt(s2 / (num_data * c_variance))
+    return {
+        "theta_1": theta_1,
+        "theta_2": theta_2,
+        "theta_3": s2 * relative / truth.sigma**2,
+        "phi_1": k * relative,
+        "phi_2": math.hypot(k * relative, (1 - k) * theta_2),
+        "phi_3": math.hypot(k * relative * truth.mu_0, (1 - k) * theta_1),
+        "phi_4": k * relative / (1 - k),
+    }

@@ -1,0 +1,59 @@
+"""Permutations without sorting: bijective, even, and different for every word."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from inference.shuffle import epoch_word, permute
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 16, 17, 100, 255, 256, 257, 1797, 60_000, 65_537])
+def test_bijective(size):
+    for word in (0, 1, 12345, 2**32 - 1):
+        image = np.asarray(permute(jnp.arange(size), size, jnp.uint32(word)))
+        np.testing.assert_array_equal(np.sort(image), np.arange(size))
+
+
+def test_large_sizes_stay_in_range():
+    size = 2**31 - 1
+    index = jnp.array([0, 1, 2**20, size - 1])
+    image = np.asarray(permute(index, size, jnp.uint32(7)))
+    assert len(set(image.tolist())) == 4
+    assert (image >= 0).all()
+    assert (image < size).all()
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_every_permutation_is_equally_likely(size):
+    words = jax.random.bits(jax.random.key(0), (12_000,))
+    images = np.asarray(jax.vmap(lambda w: permute(jnp.arange(size), size, w))(words))
+    counts = [(images == p).all(1).sum() for p in itertools.permutations(range(size))]
+    assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_neighbours_are_scattered():
+    """Where two neighbouring positions land is, over many words, like two independent draws."""
+    size, cells = 1000, 5
+    words = jax.random.bits(jax.random.key(1), (20_000,))
+    pairs = np.asarray(jax.vmap(lambda w: permute(jnp.array([10, 11]), size, w))(words))
+    cell = pairs * cells // size
+    counts = np.bincount(cell[:, 0] * cells + cell[:, 1], minlength=cells**2)
+    same, other = (size / cells) * (size / cells - 1), (size / cells) ** 2
+    expected = np.where(np.eye(cells, dtype=bool), same, other).ravel() / (size * (size - 1))
+    assert stats.chisquare(counts, expected * len(pairs)).pvalue > 1e-4
+
+
+def test_epochs_have_their_own_order():
+    words = [epoch_word(jnp.uint32(3), jnp.int32(e)) for e in range(50)]
+    images = {tuple(np.asarray(permute(jnp.arange(20), 20, w)).tolist()) for w in words}
+    assert len(images) == 50
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**31])
+def test_size_out_of_range(size):
+    with pytest.raises(ValueError, match=f"size: expected 1 to .*got {size}"):
+        permute(jnp.arange(1), size, jnp.uint32(0))
