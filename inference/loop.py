@@ -1,0 +1,268 @@
+"""The compiled parts of a run: pure functions of its state, the same for every model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax, random
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PyTree
+from numpyro import handlers
+from numpyro.infer import SVI, RenyiELBO
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.elbo import ELBO
+from numpyro.infer.svi import SVIState
+
+from inference.checks import check_programs
+from inference.objectives import PerDatum
+from inference.optimizers import GuardState, guard
+from inference.settings import Settings
+from inference.shuffle import epoch_word, permute
+
+Program = Callable[..., Any]
+Batch = Mapping[str, Array]
+Preprocess = Callable[[Array, Batch], Batch]
+
+MAX_CHUNK = 1024  # steps whose ELBO stays on the device between two looks of the host
+INIT, ORDER, NOISE, VALIDATION = range(4)  # what the keys folded from a seed's key are for
+
+
+class State(NamedTuple):
+    """All that the next step needs; a leading seed axis but for the first three fields.
+
+    ``average`` and ``best`` are unconstrained parameters, or None where the run asks for none.
+    """
+
+    step: Int[Array, ""]
+    epoch: Int[Array, ""]
+    offset: Int[Array, ""]  # data of this epoch already visited
+    optimizer: PyTree  # NumPyro's (count, (unconstrained parameters, GuardState))
+    mutable: PyTree
+    average: PyTree
+    best: PyTree
+    best_elbo: Float[Array, " seed"]
+    num_stale: Int[Array, " seed"]  # evaluations since the best one
+
+    @property
+    def params(self) -> PyTree:
+        """The unconstrained parameters."""
+        return self.optimizer[1][0]
+
+    @property
+    def guard(self) -> GuardState:
+        """Which seeds still move."""
+        return self.optimizer[1][1]
+
+
+class Loop:
+    """The device's side of one run. Its methods are pure; ``fit`` compiles each once.
+
+    Args:
+        key, data: a key and the data, to check the programs against the first batch.
+        mesh: with automatic axes, or None.
+
+    Raises:
+        ProgramError, ValueError: the programs fit neither each other, the batch nor the objective.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        objective: ELBO,
+        optimizer: optax.GradientTransformation,
+        preprocess: Preprocess | None,
+        init_params: Mapping[str, Any] | None,
+        settings: Settings,
+        mesh: Mesh | None,
+        key: Array,
+        data: Batch,
+    ):
+        self.model, self.guide, self.objective = model, guide, objective
+        self.preprocess, self.init_params, self.settings = preprocess, init_params, settings
+        self.num_data, self.batch_size = settings.num_data, settings.batch_size
+        self.sharding = mesh and NamedSharding(mesh, PartitionSpec("data"))
+        self.has_globals = check_programs(
+            model,
+            guide,
+            jax.eval_shape(self.first_batch, key, data),
+            key=key,
+            can_infer_discrete=objective.can_infer_discrete,
+        )
+        whole = self.batch_size == self.num_data
+        if self.has_globals and isinstance(objective, RenyiELBO) and not whole:
+            raise ValueError(
+                f"objective: RenyiELBO weighs whole data sets where there are global latent "
+                f"variables: expected batch_size {self.num_data}, got {self.batch_size}"
+            )
+        if isinstance(guide, AutoGuide) and getattr(guide, "prototype_trace", None) is None:
+            # An autoguide keeps its first run: let that be a concrete one, not a traced one.
+            handlers.seed(guide, key)(**self.first_batch(key, data))
+        scaled = PerDatum(objective, self.num_data, self.has_globals)
+        self.svi = SVI(model, guide, guard(optimizer, stop=settings.on_nan == "stop"), scaled)
+
+    def first_batch(self, key: Array, data: Batch) -> Batch:
+        """The first data as they lie, prepared: to check programs and to start parameters."""
+        batch = {name: array[: self.batch_size] for name, array in data.items()}
+        return batch if self.preprocess is None else self.preprocess(key, batch)
+
+    def init(self, keys: Array, data: Batch) -> State:
+        """The state before the first step, every seed from its own key."""
+
+        def init_seed(key: Array) -> SVIState:
+            init_key, batch_key = random.split(random.fold_in(key, INIT))
+            batch = self.first_batch(batch_key, data)
+            return self.svi.init(init_key, init_params=self.init_params, **batch)
+
+        svi_state = jax.vmap(init_seed)(keys)
+        params = svi_state.optim_state[1][0]
+        num_seeds = self.settings.num_seeds
+        state = State(
+            step=jnp.zeros((), jnp.int32),
+            epoch=jnp.zeros((), jnp.int32),
+            offset=jnp.zeros((), jnp.int32),
+            optimizer=svi_state.optim_state,
+            mutable=svi_state.mutable_state,
+            average=jax.tree.map(jnp.zeros_like, params) if self.settings.average else None,
+            best=params if self.settings.patience else None,
+            best_elbo=jnp.full(num_seeds, -jnp.inf),
+            num_stale=jnp.zeros(num_seeds, jnp.int32),
+        )
+        return jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), state)  # no weak types
+
+    def advance(
+        self, state: State, keys: Array, data: Batch, stop: Array
+    ) -> tuple[State, Float[Array, "seed chunk"]]:
+        """Steps ``state.step`` to ``stop - 1``, at most MAX_CHUNK of them, and their ELBO."""
+        count = jnp.minimum(stop - state.step, MAX_CHUNK)
+        words = jax.vmap(lambda key: random.bits(random.fold_in(key, ORDER)))(keys)
+        noise = jax.vmap(lambda key: random.fold_in(key, NOISE))(keys)
+
+        def body(i: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
+            state, elbo = carry
+
+            def update(optimizer, mutable, average, word, key):
+                index = self.batch_index(state.epoch, state.offset, word)
+                batch = data if index is None else {k: v[index] for k, v in data.items()}
+                if self.sharding is not None:
+                    batch = lax.with_sharding_constraint(batch, self.sharding)
+                key = random.fold_in(key, state.step)
+                if self.preprocess is not None:
+                    key, batch_key = random.split(key)
+                    batch = self.preprocess(batch_key, batch)
+                before = optimizer[1][1].active
+                new, loss = self.svi.update(SVIState(optimizer, mutable, key), **batch)
+                params, guarded = new.optim_state[1]
+                taken = before & guarded.finite
+                mutable = jax.tree.map(
+                    lambda n, o: jnp.where(taken, n, o), new.mutable_state, mutable
+                )
+                if average is not None:
+                    count = jnp.maximum(state.step - self.settings.first_averaged + 1, 1)
+                    average = jax.tree.map(lambda a, p: a + (p - a) / count, average, params)
+                return new.optim_state, mutable, average, jnp.where(taken, -loss, jnp.nan)
+
+            optimizer, mutable, average, elbos = jax.vmap(update)(
+                state.optimizer, state.mutable, state.average, words, noise
+            )
+            seen = state.offset + self.batch_size
+            wraps = seen >= self.num_data
+            state = state._replace(
+                step=state.step + 1,
+                epoch=state.epoch + wraps,
+                offset=jnp.where(wraps, seen - self.num_data, seen),
+                optimizer=optimizer,
+                mutable=mutable,
+                average=average,
+            )
+            return state, elbo.at[:, i].set(elbos)
+
+        trace = jnp.full((self.settings.num_seeds, MAX_CHUNK), jnp.nan)
+        return lax.fori_loop(0, count, body, (state, trace))
+
+    def batch_index(self, epoch: Array, offset: Array, word: Array) -> Array | None:
+        """Which data the next batch holds: the ``batch_size`` that follow in this epoch's order
+        and, where the epoch ends within the batch, the first of the next epoch's."""
+        if self.batch_size == self.num_data:
+            return None
+        position = offset + jnp.arange(self.batch_size)
+        this = epoch_word(word, epoch)
+        if self.num_data % self.batch_size == 0:
+            return permute(position, self.num_data, this)
+
+        def across() -> Array:
+            following = permute(
+                jnp.maximum(position - self.num_data, 0),
+                self.num_data,
+                epoch_word(word, epoch + 1),
+            )
+            return jnp.where(position < self.num_data, within(), following)
+
+        def within() -> Array:
+            return permute(jnp.minimum(position, self.num_data - 1), self.num_data, this)
+
+        return lax.cond(offset + self.batch_size > self.num_data, across, within)
+
+    def validate(
+        self, state: State, keys: Array, data: Batch
+    ) -> tuple[State, Float[Array, " seed"]]:
+        """The held-out ELBO of the parameters that would be returned now, and with ``patience``
+        the best ones kept and the seeds stopped that have run out of it."""
+        objective = PerDatum(self.objective, _length(data), self.has_globals)
+        size = min(self.batch_size, _length(data))
+        num_full = _length(data) // size * size
+
+        def elbo(params: PyTree, mutable: PyTree, key: Array) -> Array:
+            params = self.svi.constrain_fn(params) | (mutable or {})
+            key = random.fold_in(key, VALIDATION)
+
+            def loss(key: Array, batch: Batch) -> Array:
+                return jnp.asarray(objective.loss(key, params, self.model, self.guide, **batch))
+
+            split = {k: v[:num_full].reshape(-1, size, *v.shape[1:]) for k, v in data.items()}
+            keys = random.split(key, num_full // size + 1)
+            total = size * lax.map(lambda x: loss(*x), (keys[:-1], split)).sum()
+            if num_full < _length(data):
+                rest = {k: v[num_full:] for k, v in data.items()}
+                total += _length(rest) * loss(keys[-1], rest)
+            return -total / _length(data)
+
+        params = self.current(state)
+        elbos = jax.vmap(elbo)(params, state.mutable, keys)
+        if self.settings.patience is None:
+            return state, elbos
+        count, (last, guarded) = state.optimizer
+        better = (elbos > state.best_elbo) & guarded.active
+        num_stale = jnp.where(better, 0, state.num_stale + 1)
+        active = guarded.active & (num_stale < self.settings.patience)
+        return state._replace(
+            optimizer=(count, (last, guarded._replace(active=active))),
+            best=jax.vmap(_where)(better, params, state.best),
+            best_elbo=jnp.where(better, elbos, state.best_elbo),
+            num_stale=num_stale,
+        ), elbos
+
+    def current(self, state: State) -> PyTree:
+        """Unconstrained: the average where averaging has begun, else the last iterate."""
+        if state.average is None:
+            return state.params
+        return _where(state.step > self.settings.first_averaged, state.average, state.params)
+
+    def finish(self, state: State) -> dict[str, Any]:
+        """The parameters to return, constrained."""
+        if state.best is not None:
+            started = jnp.isfinite(state.best_elbo)
+            params = jax.vmap(_where)(started, state.best, self.current(state))
+        else:
+            params = self.current(state)
+        return jax.vmap(self.svi.constrain_fn)(params)
+
+
+def _length(arrays: Mapping[str, Any]) -> int:
+    return len(next(iter(arrays.values())))
+
+
+def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
