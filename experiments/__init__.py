@@ -1,0 +1,1 @@
+"""What is run: scripts, figures and benchmarks."""

@@ -1,0 +1,338 @@
+"""How fast ``fit`` is beside the same arithmetic by hand and beside NumPyro's own ``SVI.run``.
+
+    python experiments/benchmarks/speed.py
+
+Every contestant runs the same number of steps in turn, round after round, and the table gives
+medians of the steady loop, compilation apart, as ratios to the scan written by hand. Absolute
+times are this machine's alone.
+
+The hand-written scans use no NumPyro: one ``lax.scan`` over shuffle, gather, gradient and Adam,
+with JAX's own random numbers and the order of data from the same function that ``fit`` uses.
+"""
+
+import contextlib
+import io
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import tyro
+from jax import lax, random
+from numpyro.infer import SVI, Trace_ELBO
+from tabulate import tabulate
+
+from inference import fit
+from inference.shuffle import epoch_word, permute
+from models import gaussian_mean
+
+
+@dataclass(frozen=True)
+class Config:
+    """Time ``fit`` beside hand-written JAX and NumPyro's SVI.run.
+
+    Attributes:
+        toy_steps: steps of the Gaussian unknown mean, at batch 1,000 from 100,000 data.
+        vae_epochs: epochs of the 784-400-50-400-784 VAE, at batch 128 from 60,000 images; 0
+            leaves the VAE out.
+        rounds: how often each contestant runs.
+    """
+
+    toy_steps: int = 10_000
+    vae_epochs: float = 1.0
+    rounds: int = 5
+
+
+Timing = tuple[float, float]  # seconds to compile, seconds of the steady loop
+
+
+def by_hand(
+    loss: Callable[..., Any],
+    init: Callable[[Any], Any],
+    data: dict[str, Any],
+    batch_size: int,
+    num_steps: int,
+    prepare: Callable[[Any, Any], Any] = lambda key, batch: batch,
+    learning_rate: float = 1e-3,
+    sort: bool = False,
+) -> Callable[[], Timing]:
+    """A contestant: one scan in plain JAX. ``loss(params, key, **batch)`` is per datum.
+
+    With ``sort`` the order of each epoch comes from ``jax.random.permutation``.
+    """
+    optimizer = optax.adam(learning_rate)
+    num_data = len(next(iter(data.values())))
+    data = jax.device_put(data)
+
+    def step(carry, t):
+        params, state, key, order = carry
+        key, batch_key, draw_key = random.split(key, 3)
+        start = t * batch_size % num_data
+        if sort:
+            order = lax.cond(
+                start < batch_size,
+                lambda: random.permutation(batch_key, num_data),
+                lambda: order,
+            )
+            index = lax.dynamic_slice_in_dim(order, start, batch_size)
+        else:
+            word = epoch_word(order, t * batch_size // num_data)
+            index = permute((start + jnp.arange(batch_size)) % num_data, num_data, word)
+        batch = prepare(batch_key, {name: array[index] for name, array in data.items()})
+        value, gradient = jax.value_and_grad(loss)(params, draw_key, **batch)
+        updates, state = optimizer.update(gradient, state)
+        return (optax.apply_updates(params, updates), state, key, order), value
+
+    params = init(random.key(0))
+    order = jnp.arange(num_data) if sort else jnp.uint32(1)
+    carry = (params, optimizer.init(params), random.key(1), order)
+    compiled = None
+
+    def run() -> Timing:
+        nonlocal compiled
+        began = time.perf_counter()
+        if compiled is None:
+            scan = jax.jit(lambda carry: lax.scan(step, carry, jnp.arange(num_steps)))
+            compiled = scan.lower(carry).compile()
+        middle = time.perf_counter()
+        jax.block_until_ready(compiled(carry))
+        return middle - began, time.perf_counter() - middle
+
+    return run
+
+
+def by_fit(*args: Any, terminal: bool = False, **kwargs: Any) -> Callable[[], Timing]:
+    """A contestant: ``fit``, with its progress bar drawn on a pretended terminal or without."""
+
+    def run() -> Timing:
+        with contextlib.redirect_stderr(_Terminal() if terminal else sys.stderr):
+            seconds = fit(*args, progress=terminal, **kwargs).info["seconds"]
+        return seconds["compile"], seconds["run"]
+
+    return run
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def by_svi_run(
+    model: Any, guide: Any, batch: dict[str, Any], num_steps: int, progress_bar: bool
+) -> Callable[[], Timing]:
+    """A contestant: ``SVI.run`` on one whole batch; a run of one step is taken for compiling."""
+
+    def run() -> Timing:
+        seconds = []
+        for steps in (1, num_steps):
+            svi = SVI(model, guide, optax.adam(1e-3), Trace_ELBO())
+            began = time.perf_counter()
+            with contextlib.redirect_stderr(_Terminal()):
+                result = svi.run(random.key(0), steps, progress_bar=progress_bar, **batch)
+            jax.block_until_ready(result.losses)
+            seconds.append(time.perf_counter() - began)
+        return seconds[0], seconds[1] - seconds[0]
+
+    return run
+
+
+# --- (a) the toy ----------------------------------------------------------------------------------
+
+
+def toy_loss(params, key, c, x):
+    """The negative ELBO of ``models.gaussian_mean`` with sigma_0 = 1, by hand."""
+
+    def log_normal(value, mean, log_variance):
+        return -0.5 * (
+            (value - mean) ** 2 * jnp.exp(-log_variance) + log_variance + jnp.log(2 * jnp.pi)
+        )
+
+    loc = params["phi_1"] * x + params["phi_2"] * c + params["phi_3"]
+    z = loc + jnp.exp(params["phi_4"] / 2) * random.normal(key, x.shape)
+    return -jnp.mean(
+        log_normal(z, params["theta_1"] + params["theta_2"] * c, 0.0)
+        + log_normal(x, z, params["theta_3"])
+        - log_normal(z, loc, params["phi_4"])
+    )
+
+
+def toy(config: Config) -> dict[str, tuple[Callable[[], Timing], int]]:
+    """The contestants on the Gaussian unknown mean, with their numbers of steps."""
+    data = gaussian_mean.Truth().simulate(100_000, seed=0)
+    model, guide = gaussian_mean.Model(), gaussian_mean.Guide()
+    steps = config.toy_steps
+    settings: dict[str, Any] = {"num_steps": steps, "batch_size": 1_000}
+    batch = {name: jnp.asarray(array[:1_000]) for name, array in data.items()}
+    few = max(
+        steps // 10, 1
+    )  # SVI.run with its bar needs a minute for what the rest do in a second
+
+    def init(key):
+        return {name: jnp.zeros(()) for name in gaussian_mean.PARAMETERS}
+
+    return {
+        "hand-written scan": (by_hand(toy_loss, init, data, 1_000, steps), steps),
+        "hand-written scan, sorting each epoch": (
+            by_hand(toy_loss, init, data, 1_000, steps, sort=True),
+            steps,
+        ),
+        "fit": (by_fit(model, guide, data, **settings), steps),
+        "fit, progress bar": (by_fit(model, guide, data, terminal=True, **settings), steps),
+        "fit, 8 seeds": (by_fit(model, guide, data, num_seeds=8, **settings), steps),
+        "SVI.run on one batch": (by_svi_run(model, guide, batch, steps, False), steps),
+        "SVI.run on one batch, progress bar": (by_svi_run(model, guide, batch, few, True), few),
+    }
+
+
+# --- (b) a VAE's size -----------------------------------------------------------------------------
+
+LATENT, HIDDEN, PIXELS = 50, 400, 784
+
+
+def layer(key, num_in, num_out):
+    """Weights of one affine map."""
+    return {"w": random.normal(key, (num_in, num_out)) / num_in**0.5, "b": jnp.zeros(num_out)}
+
+
+def encoder_init(key):
+    """Weights of the encoder: 784 -> 400 -> (50, 50)."""
+    keys = random.split(key, 3)
+    return {
+        "hidden": layer(keys[0], PIXELS, HIDDEN),
+        "loc": layer(keys[1], HIDDEN, LATENT),
+        "scale": layer(keys[2], HIDDEN, LATENT),
+    }
+
+
+def decoder_init(key):
+    """Weights of the decoder: 50 -> 400 -> 784."""
+    keys = random.split(key)
+    return {"hidden": layer(keys[0], LATENT, HIDDEN), "logits": layer(keys[1], HIDDEN, PIXELS)}
+
+
+def affine(weights, x):
+    """One affine map."""
+    return x @ weights["w"] + weights["b"]
+
+
+def encode(weights, x):
+    """``z_loc`` and ``z_scale``."""
+    h = jax.nn.softplus(affine(weights["hidden"], x))
+    return affine(weights["loc"], h), jnp.exp(affine(weights["scale"], h))
+
+
+def decode(weights, z):
+    """``x_logits``."""
+    return affine(weights["logits"], jax.nn.softplus(affine(weights["hidden"], z)))
+
+
+def vae_model(x):
+    """z ~ N(0, I), x ~ Bernoulli(decoder(z))."""
+    weights = numpyro.param("decoder", decoder_init)
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([LATENT]).to_event(1))
+        numpyro.sample("x", dist.Bernoulli(logits=decode(weights, z)).to_event(1), obs=x)
+
+
+def vae_guide(x):
+    """z ~ N(encoder(x))."""
+    weights = numpyro.param("encoder", encoder_init)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("z", dist.Normal(*encode(weights, x)).to_event(1))
+
+
+def vae_loss(params, key, x):
+    """The negative ELBO of the two programs above, by hand."""
+    loc, scale = encode(params["encoder"], x)
+    noise = random.normal(key, loc.shape)
+    z = loc + scale * noise
+    logits = decode(params["decoder"], z)
+    log_x = (x * logits - jax.nn.softplus(logits)).sum(-1)
+    log_ratio = (-0.5 * z**2 + 0.5 * ((z - loc) / scale) ** 2 + jnp.log(scale)).sum(-1)
+    return -jnp.mean(log_x + log_ratio)
+
+
+def binarize(key, batch):
+    """Dynamic binarisation: each pixel is on with probability grey / 255."""
+    grey = batch["x"].astype(jnp.float32) / 255
+    return {"x": random.bernoulli(key, grey).astype(jnp.float32)}
+
+
+def vae(config: Config) -> dict[str, tuple[Callable[[], Timing], int]]:
+    """The contestants on a VAE of MNIST's size, with their numbers of steps."""
+    images = np.random.default_rng(0).integers(0, 256, (60_000, PIXELS), dtype=np.uint8)
+    steps = max(1, round(config.vae_epochs * 60_000 / 128))
+    batch = {"x": jnp.asarray((images[:128] > 127).astype(np.float32))}
+
+    def init(key):
+        return {"encoder": encoder_init(key), "decoder": decoder_init(key)}
+
+    return {
+        "hand-written scan": (
+            by_hand(vae_loss, init, {"x": images}, 128, steps, prepare=binarize),
+            steps,
+        ),
+        "fit": (
+            by_fit(
+                vae_model,
+                vae_guide,
+                {"x": images},
+                num_steps=steps,
+                batch_size=128,
+                preprocess=binarize,
+            ),
+            steps,
+        ),
+        "SVI.run on one batch (no data drawn, none binarised)": (
+            by_svi_run(vae_model, vae_guide, batch, steps, False),
+            steps,
+        ),
+    }
+
+
+def measure(contestants: dict[str, tuple[Callable[[], Timing], int]], rounds: int) -> str:
+    """Runs all contestants in turn, ``rounds`` times, and returns the table of medians.
+
+    The ratio is the median of the ratios to the first contestant within each round.
+    """
+    compile_seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    per_step: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, (run, steps) in contestants.items():
+            compiling, running = run()
+            compile_seconds[name].append(compiling)
+            per_step[name].append(running / steps * 1e6)
+    base = per_step[next(iter(contestants))]
+    rows = [
+        (
+            name,
+            f"{statistics.median(per_step[name]):.1f}",
+            f"{statistics.median(t / b for t, b in zip(per_step[name], base, strict=True)):.2f}",
+            f"{max(compile_seconds[name]):.1f}",
+        )
+        for name in contestants
+    ]
+    headers = ("", "microseconds per step", "ratio", "seconds to compile")
+    return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 3))
+
+
+def main(config: Config) -> None:
+    """Prints the tables."""
+    print(f"{jax.devices()[0].device_kind}, {config.rounds} rounds, medians\n")
+    print("(a) Gaussian unknown mean, batch 1,000 of 100,000")
+    print(measure(toy(config), config.rounds))
+    if config.vae_epochs:
+        print("\n(b) VAE 784-400-50-400-784, batch 128 of 60,000, dynamic binarisation")
+        print(measure(vae(config), config.rounds))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

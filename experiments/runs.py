@@ -1,0 +1,126 @@
+"""What every experiment shares: its command line and its run directory.
+
+A run directory holds ``config.json`` from the start and ``result.json`` at the end. The same
+command finds its own directory again and goes on where it was killed; another run's directory
+is never touched.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib
+import io
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+UNSAVED = ("out", "progress")  # settings that change where a run is and how it looks, not what
+
+
+def command_line(main: Callable[[Any], Any], config_type: type) -> None:
+    """Runs ``main`` with a configuration from the command line.
+
+    A setting, file or data set that cannot be used is one line on standard error and exit
+    status 2.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config = tyro.cli(config_type)
+        main(config)
+    except (ValueError, FloatingPointError, OSError) as error:
+        _leave(str(error))
+    except SystemExit as error:
+        if error.code:
+            _leave(re.sub(r"^╭─.*|For full helptext.*|[│╰╯─]", "", complaint.getvalue()))
+        raise
+
+
+def import_ahead(*modules: str) -> None:
+    """Imports modules in the background, while the compiler leaves Python idle.
+
+    ArviZ and Matplotlib take as long to import as a small model to train.
+    """
+    for module in modules:
+        threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
+
+
+def _leave(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Run:
+    """One run's directory.
+
+    Args:
+        name: the experiment's, for a fresh directory under ``runs/``.
+        config: a dataclass with a field ``out``, the directory or None for a fresh one.
+
+    Raises:
+        ValueError: the directory holds another run or something else.
+        OSError: it cannot be made or written.
+    """
+
+    def __init__(self, name: str, config: Any):
+        self.path = Path(config.out) if config.out else fresh_directory(Path("runs"), name)
+        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in UNSAVED}
+        settings = {"experiment": name} | json.loads(json.dumps(settings, default=str))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            found = self.read("config.json")
+            if found is None and any(p.name[0] != "." for p in self.path.iterdir()):
+                raise ValueError(
+                    f"out: expected a new or empty directory, or this run's own; {self.path} "
+                    f"holds other files; give another directory"
+                )
+            if found is not None and found != settings:
+                differ = [k for k in found | settings if found.get(k) != settings.get(k)]
+                words = (f"{k} was {found.get(k)!r}, is {settings.get(k)!r}" for k in differ)
+                raise ValueError(
+                    f"out: expected a new directory or this run's own; {self.path} holds another "
+                    f"run ({'; '.join(words)}); give another directory"
+                )
+            if found is None:
+                self.write("config.json", settings)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(
+                f"out: expected a directory that can be written; {self.path}: {reason}; give "
+                f"another with --out"
+            ) from error
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The JSON file ``name``, or None where there is none."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: expected JSON, got something else ({error}); give another directory"
+            ) from error
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        """Writes a JSON file whole or not at all."""
+        path = self.path / name
+        temporary = path.with_name(f".{name}.{os.getpid()}")
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(path)
+
+
+def fresh_directory(parent: Path, name: str) -> Path:
+    """A directory under ``parent`` that no other run has, named by the time."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path, n = parent / f"{name}-{stamp}", 2
+    while path.exists():
+        path, n = parent / f"{name}-{stamp}-{n}", n + 1
+    return path

@@ -1,0 +1,44 @@
+"""The benchmark runs and compares like with like. Its timings are asserted nowhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.infer import Trace_ELBO
+
+from experiments.benchmarks import speed
+from models import gaussian_mean
+
+
+def test_the_benchmark_runs(capsys, monkeypatch):
+    monkeypatch.setattr(speed, "vae", lambda config: {})  # its size needs seconds per contestant
+    speed.main(speed.Config(toy_steps=30, rounds=1, vae_epochs=0))
+    printed = capsys.readouterr().out
+    for name in ("hand-written scan", "fit, progress bar", "fit, 8 seeds", "SVI.run on one batch"):
+        assert name in printed
+
+
+def average(function, num_draws=4_000):
+    values = jax.jit(jax.vmap(function))(jax.random.split(jax.random.key(0), num_draws))
+    return values.mean(), values.std() / num_draws**0.5
+
+
+def test_the_hand_written_toy_is_the_same_arithmetic():
+    data = gaussian_mean.Truth().simulate(50, seed=0)
+    params = {name: jnp.float32(0.1 * i) for i, name in enumerate(gaussian_mean.PARAMETERS)}
+    model, guide = gaussian_mean.Model(), gaussian_mean.Guide()
+    hand = average(lambda key: speed.toy_loss(params, key, **data))
+    ours = average(lambda key: Trace_ELBO().loss(key, params, model, guide, **data) / 50)
+    assert abs(hand[0] - ours[0]) < 4 * np.hypot(hand[1], ours[1])
+
+
+def test_the_hand_written_vae_is_the_same_arithmetic():
+    keys = jax.random.split(jax.random.key(1), 3)
+    params = {"encoder": speed.encoder_init(keys[0]), "decoder": speed.decoder_init(keys[1])}
+    batch = speed.binarize(keys[2], {"x": jnp.full((4, speed.PIXELS), 100, jnp.uint8)})
+    hand = average(lambda key: speed.vae_loss(params, key, **batch), 500)
+    objective = Trace_ELBO()
+    ours = average(
+        lambda key: objective.loss(key, params, speed.vae_model, speed.vae_guide, **batch) / 4, 500
+    )
+    assert abs(hand[0] - ours[0]) < 4 * np.hypot(hand[1], ours[1])
+    assert set(np.unique(batch["x"])) == {0.0, 1.0}
