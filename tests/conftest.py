@@ -1,0 +1,47 @@
+"""What every test stands on: shapes checked as programs run, eight devices, nothing of the user's.
+
+That warnings are errors is set in pyproject.toml.
+"""
+
+import os
+import sys
+import tempfile
+
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+
+# Every annotation in the packages is checked when a function is called. This must come before
+# their first import.
+jaxtyping.install_import_hook(["models", "inference", "experiments"], "beartype.beartype")
+
+# A CPU stands in for eight. This must come before JAX looks for devices; where it finds a GPU,
+# that is still the one it computes on, and tests that need eight devices skip themselves.
+if "JAX_NUM_CPU_DEVICES" not in os.environ:
+    jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settings that the processes which tests start inherit."""
+    caches = tempfile.TemporaryDirectory(prefix="guidebook-caches-")
+    config.add_cleanup(caches.cleanup)
+    os.environ |= {
+        "MPLBACKEND": "Agg",
+        "MPLCONFIGDIR": f"{caches.name}/matplotlib",
+        "XDG_CACHE_HOME": caches.name,
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # leaves those processes room on a GPU
+    }
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same numbers in every run, whatever ran before."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")

@@ -1,0 +1,337 @@
+"""README.md keeps its word: its Python is executed, its commands are executed or checked.
+
+``python`` blocks are one program, executed from top to bottom in an empty directory.
+
+``bash`` blocks hold one command a line, and each is executed or checked by the rule of ``check``
+that knows it; so is a command within a sentence, `` `uv sync` ``. An experiment is executed, in an
+empty directory, with the README's arguments and the settings of ``SMALL`` after them. What would
+take long or change the machine is only checked: an installation names extras that exist, a
+benchmark accepts its arguments and ``--help``, and the test suite is started as in ``.ci/run``.
+A command that no rule knows fails, so that a new kind of command comes with a new rule.
+
+``text`` blocks show output, which differs from machine to machine, and ``bibtex`` blocks cite:
+these two are exempt. A block in any other language fails, and so does code without a fence.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CI = (ROOT / ".ci" / "run").read_text().splitlines()
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+NAME = PYPROJECT["project"]["name"]
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+GROUPS = PYPROJECT["dependency-groups"]
+
+# Settings that make an experiment take seconds, by the script's name; they come after the
+# README's own, and the last one counts.
+SMALL = {
+    "gaussian_mean": "--num-data 2000 --num-steps 100 --batch-size 100 --num-seeds 2 --no-progress",
+}
+
+
+class ReadmeError(Exception):
+    """A line of the README that does not work, or that no rule knows."""
+
+
+def refuse(number: int, line: str, message: str) -> None:
+    raise ReadmeError(f"README.md, line {number}: {message}; got: {line.strip()}")
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """Lines between fences, or between blocks in "prose"; ``first`` is the first one's number."""
+
+    language: str
+    first: int
+    lines: list[str]
+
+
+def read_blocks(text: str) -> list[Block]:
+    blocks, fence, indent = [Block("prose", 1, [])], None, ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        opening = re.fullmatch(r"(\s*)(`{3,}|~{3,})\s*(\S*).*", line)
+        if fence is None and opening:
+            indent, fence, language = opening.groups()
+            if language not in ("python", "bash", "text", "bibtex"):
+                refuse(number, line, "expected a block of python, bash, text or bibtex")
+            blocks.append(Block(language, number + 1, []))
+        elif fence is not None and re.fullmatch(rf"{fence}{fence[0]}*", line.strip()):
+            fence, indent = None, ""
+            blocks.append(Block("prose", number + 1, []))
+        else:
+            before = blocks[-1].lines[-1:]
+            if fence is None and re.match(r"    +\S|\t", line) and not "".join(before).strip():
+                refuse(number, line, "expected code between fences, not indented")
+            blocks[-1].lines.append(line.removeprefix(indent))
+    if fence is not None:
+        refuse(blocks[-1].first - 1, fence, "expected a fence that closes this one")
+    return blocks
+
+
+def read_python(text: str) -> str:
+    """The program, each line at its number in the README, which tracebacks then name."""
+    program = [""] * len(text.splitlines())
+    for language, first, lines in read_blocks(text):
+        if language == "python":
+            program[first - 1 : first - 1 + len(lines)] = lines
+    return "\n".join(program)
+
+
+def read_commands(text: str) -> Iterator[tuple[int, str]]:
+    """Commands and their line numbers. A backslash at the end of a line continues it."""
+    for language, first, lines in read_blocks(text):
+        begun = ""
+        for number, line in enumerate(lines, start=first):
+            if language == "prose":
+                for command in re.findall(r"`((?:git|pip|python|uv) [^`]+)`", line):
+                    yield number, command
+            if language == "bash":
+                begun += line.strip()
+                if begun.endswith("\\") and number < first + len(lines) - 1:
+                    begun = begun[:-1]
+                else:
+                    if begun and not begun.startswith("#"):
+                        yield number, begun
+                    begun = ""
+
+
+# --- the rules ------------------------------------------------------------------------------------
+
+
+def execute_python(text: str, directory: Path) -> None:
+    program = directory / "program.py"
+    program.write_text(read_python(text))
+    with contextlib.chdir(directory):
+        runpy.run_path(str(program), run_name="readme")
+
+
+def check_command(number: int, command: str, directory: Path) -> None:
+    """Executes the command in ``directory``, or checks it, or fails."""
+    try:
+        for simple in re.split(r"\s&&\s", command):
+            check(shlex.split(simple, comments=True), directory)
+    except ReadmeError as error:
+        refuse(number, command, str(error))
+    except ValueError as error:
+        refuse(number, command, f"expected words: {error}")
+
+
+def check(words: list[str], directory: Path) -> None:
+    if shlex.join(words) in CI:
+        return  # word for word what is run to check every change
+    settings = {}
+    while words and re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0]):
+        name, _, settings[name] = words.pop(0).partition("=")
+    match words:
+        case ["uv", "run", *words]:
+            words = without_extras(words)
+            if words and words[0].endswith(".py"):
+                words = ["python", *words]
+        case ["uv", "pip", "install", *_]:
+            words = words[1:]
+
+    match words:
+        case ["git", "clone", address] if address.startswith("https://"):
+            pass
+        case ["cd", name] if name == NAME or (ROOT / name).is_dir():
+            pass
+        case ["uv", "sync", *options] if not without_extras(options):
+            pass
+        case ["pip", "install", *requirements]:
+            for requirement in requirements:
+                check_requirement(requirement)
+        case ["pytest", path] if (ROOT / path).exists():
+            pass
+        case ["python", script, *arguments] if script.startswith("experiments/"):
+            check_arguments(script, arguments)
+            if script.startswith("experiments/benchmarks/"):
+                execute([str(ROOT / script), "--help"], settings, directory)
+            else:
+                execute_experiment(script, arguments, settings, directory)
+        case _:
+            raise ReadmeError("expected a command that a rule of this test executes or checks")
+
+
+def without_extras(words: list[str]) -> list[str]:
+    """The words after the leading ``--extra`` and ``--group``, which must name what exists."""
+    declared = {"--extra": EXTRAS, "--group": GROUPS}
+    while len(words) > 1 and words[0] in declared:
+        option, name, *words = words
+        if name not in declared[option]:
+            raise ReadmeError(f"expected one of {', '.join(declared[option])} after {option}")
+    return words
+
+
+def check_requirement(requirement: str) -> None:
+    """``-e``, uv, or this project by directory, name or address, with extras that exist."""
+    if requirement in ("-e", "uv"):
+        return
+    known = re.fullmatch(rf"(\.|{NAME})(\[(?P<extras>.*)\])?( @ git\+https://\S+)?", requirement)
+    if not known:
+        raise ReadmeError(f"expected to install {NAME}, not {requirement}")
+    extras = known["extras"].split(",") if known["extras"] else []
+    if not set(extras) <= EXTRAS.keys():
+        raise ReadmeError(f"expected extras among {', '.join(EXTRAS)}")
+
+
+def check_arguments(script: str, arguments: list[str]) -> None:
+    """The script's configuration accepts the README's arguments as they stand."""
+    if not (ROOT / script).is_file():
+        raise ReadmeError(f"expected a script, and there is no {script}")
+    config = importlib.import_module(script.removesuffix(".py").replace("/", ".")).Config
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            tyro.cli(config, args=arguments)
+    except SystemExit as error:
+        if error.code:
+            complaint = " ".join(re.findall(r"[^\s│╭╮╰╯─]+", said.getvalue()))
+            raise ReadmeError(f"expected arguments that {script} accepts: {complaint}") from None
+
+
+def execute_experiment(
+    script: str, arguments: list[str], settings: dict[str, str], directory: Path
+) -> None:
+    small = SMALL.get(Path(script).stem)
+    if small is None:
+        raise ReadmeError(f"expected small settings for {script} in SMALL")
+    execute([str(ROOT / script), *arguments, *small.split()], settings, directory)
+    if "--help" not in arguments and not list(directory.rglob("result.json")):
+        raise ReadmeError("expected a result.json")
+
+
+def execute(arguments: list[str], settings: dict[str, str], directory: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=directory,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if done.returncode:
+        raise ReadmeError(f"expected exit status 0, not {done.returncode}: {done.stderr}")
+    if re.search(r"\w+Warning: ", done.stderr):
+        raise ReadmeError(f"expected no warnings: {done.stderr}")
+    if not done.stdout.strip():
+        raise ReadmeError("expected output")
+
+
+# --- the README -----------------------------------------------------------------------------------
+
+
+def test_there_are_python_and_commands():
+    assert README.strip(), "README.md: expected blocks of python and of bash, got an empty file"
+    assert read_python(README).strip(), "README.md: expected a block of python, got none"
+    assert list(read_commands(README)), "README.md: expected a command, got none"
+
+
+def test_python(tmp_path):
+    execute_python(README, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "command"),
+    [pytest.param(*found, id=f"line {found[0]}: {found[1]}") for found in read_commands(README)],
+)
+def test_command(number, command, tmp_path):
+    check_command(number, command, tmp_path)
+
+
+def test_files_it_links_to_exist():
+    targets = re.findall(r"\]\(([^)#\s]+)|(?:src|href)=\"([^\"#]+)", README)
+    files = [a or b for a, b in targets if "://" not in a + b]
+    assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+# --- the rules, tested ----------------------------------------------------------------------------
+
+
+def check_commands(text, directory):
+    for number, command in read_commands(text):
+        check_command(number, command, directory)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```bash\nmake all\n```",
+        "```bash\n$ uv sync\n```",
+        "```bash\nuv sync && make all\n```",
+        "```bash\nuv sync | cat\n```",
+        "```bash\nuv run pytest --no-such-option\n```",
+        "```bash\nuv sync --extra no-such-extra\n```",
+        "```bash\npip install 'guidebook[no-such-extra]'\n```",
+        "```bash\npip install no-such-package\n```",
+        "```bash\npython experiments/no_such_script.py\n```",
+        "```bash\npython experiments/gaussian_mean.py --no-such-option 1\n```",
+        "```bash\npython experiments/gaussian_mean.py --num-data many\n```",
+        "```bash\npython experiments/gaussian_mean.py --sigma 0\n```",
+        "```bash\npython experiments/benchmarks/speed.py --rounds many\n```",
+        "```bash\nuv sync \\\n  --no-such-option\n```",
+        "```bash\nuv sync \\\n```",
+        "```bash\npip install 'guidebook\n```",
+        "Then `uv synchronise` it.",
+        "```sh\nuv sync\n```",
+        "```\nuv sync\n```",
+        "~~~\nuv sync\n~~~",
+        "Then\n\n    uv sync\n",
+        "```bash\nuv sync\n",
+    ],
+)
+def test_what_no_rule_allows_is_named(text, tmp_path):
+    with pytest.raises(ReadmeError, match=r"README.md, line \d: expected .*; got: ."):
+        check_commands(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "git clone https://example.org/guidebook && cd guidebook",
+        "uv sync --extra cuda  # with a GPU",
+        "pip install -e '.[cuda]'",
+        "uv pip install 'guidebook[cuda] @ git+https://example.org/guidebook'",
+        "uv run pytest",
+        "uv run pytest tests/test_readme.py",
+    ],
+)
+def test_what_is_checked_without_being_executed(command, tmp_path):
+    check_command(1, command, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("raise SystemExit(3)", "exit status 0, not 3"),
+        ("import warnings\nwarnings.warn('old', FutureWarning)\nprint(1)", "FutureWarning: old"),
+        ("", "expected output"),
+    ],
+)
+def test_a_script_that_fails_warns_or_is_silent_is_refused(program, message, tmp_path):
+    with pytest.raises(ReadmeError, match=message):
+        execute(["-c", program], {}, tmp_path)
+
+
+def test_python_is_one_program_that_keeps_its_line_numbers(tmp_path):
+    text = "```python\nx = 1\n```\n\n- a list\n\n  ```python\n  y = x + 1\n  assert y == 3\n  ```\n"
+    with pytest.raises(AssertionError) as caught:
+        execute_python(text, tmp_path)
+    assert caught.traceback[-1].lineno + 1 == 9
