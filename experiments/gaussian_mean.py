@@ -147,7 +147,7 @@ def main(config: Config) -> dict[str, Any]:
     run = Run("gaussian_mean", config)
     result = run.read("result.json")
     if result is None:
-        import_ahead("matplotlib.backends.backend_agg", "arviz_base")
+        import_ahead("orbax.checkpoint", "matplotlib.backends.backend_agg", "arviz_base")
         fitted = train(config, data, run.path / "checkpoints")
         result = summarize(config, data, fitted, maximum, best_elbo)
         draw_elbo(fitted, result, run.path / "elbo.png")
@@ -185,22 +185,22 @@ def summarize(
         }
         for name in gaussian_mean.PARAMETERS
     }
-    elbos = jax.vmap(
-        lambda params: pointwise_elbo(
-            gaussian_mean.Model(config.sigma_0),
-            gaussian_mean.Guide(config.sigma_0),
-            params,
-            data,
-            key=random.key(config.seed),
-        )
-    )(fitted.params)
+    model, guide = gaussian_mean.Model(config.sigma_0), gaussian_mean.Guide(config.sigma_0)
+    key = random.key(config.seed)
+
+    @jax.jit
+    @jax.vmap
+    def evaluate(params: dict[str, Any]) -> Any:
+        return pointwise_elbo(model, guide, params, data, key=key)
+
+    elbos = np.asarray(evaluate(fitted.params), np.float64)
     return {
         "experiment": "gaussian_mean",
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
         "parameters": parameters,
         "elbo": {
             "estimate": float(elbos.mean()),
-            "per_seed": np.asarray(elbos.mean(1), np.float64).tolist(),
+            "per_seed": elbos.mean(1).tolist(),
             "standard_error": float(elbos.mean(0).std() / np.sqrt(config.num_data)),
             "optimum": gaussian_mean.optimal_elbo(truth),
             "maximum_likelihood": best_elbo,
@@ -270,7 +270,7 @@ def draw_elbo(fitted: Fit, result: dict[str, Any], path: Path) -> None:
         title="Gaussian unknown mean: training ELBO",
     )
     axes.legend(loc="lower right", fontsize="small", ncols=2)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
 
 
 def draw_recovery(result: dict[str, Any], path: Path) -> None:
@@ -313,7 +313,7 @@ def draw_recovery(result: dict[str, Any], path: Path) -> None:
     )
     axes.invert_yaxis()
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize="small")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

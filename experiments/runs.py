@@ -8,6 +8,7 @@ is never touched.
 import contextlib
 import dataclasses
 import datetime
+import gc
 import importlib
 import io
 import json
@@ -31,11 +32,13 @@ def command_line(main: Callable[[Any], Any], config_type: type) -> None:
     status 2.
     """
     complaint = io.StringIO()
+    gc.freeze()  # what is imported stays; looking through it again, at exit too, takes a second
     try:
         with contextlib.redirect_stderr(complaint):
             config = tyro.cli(config_type)
         main(config)
-    except (ValueError, FloatingPointError, OSError) as error:
+        gc.freeze()
+    except (ValueError, FloatingPointError, OSError, MemoryError) as error:
         _leave(str(error))
     except SystemExit as error:
         if error.code:

@@ -5,6 +5,8 @@ process killed while writing leaves the one before it, and a half-written one is
 """
 
 import os
+import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +29,36 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike, identity: dict[str, Any]):
-        import orbax.checkpoint as ocp  # half a second, paid only by those who save
-
-        self._args, self._identity = ocp.args, identity
-        self._directory = Path(directory).resolve()
+        self._identity, self._directory = identity, Path(directory).resolve()
         foreign = self._foreign()
         if foreign is not None:
             raise CheckpointError(
                 f"checkpoint {directory}: expected a new directory or one that holds this run's "
                 f"checkpoints; {foreign}; give another directory"
             )
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
-        )
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(
-                self._directory, options=options, item_names=("state", "identity")
-            )
+            tempfile.TemporaryFile(dir=self._directory).close()
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {directory}: expected a directory that can be written; "
                 f"{error.strerror or error}; give another directory"
             ) from error
+
+    @cached_property
+    def _orbax(self) -> Any:
+        import orbax.checkpoint  # half a second, paid only when there is something to read or save
+
+        return orbax.checkpoint
+
+    @cached_property
+    def _manager(self) -> Any:
+        options = self._orbax.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        return self._orbax.CheckpointManager(
+            self._directory, options=options, item_names=("state", "identity")
+        )
 
     def _foreign(self) -> str | None:
         if not self._directory.exists():
@@ -69,12 +78,12 @@ class Checkpoints:
         Raises:
             CheckpointError: it was written under another configuration; names the differences.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        if not any(path.name.isdecimal() for path in self._directory.iterdir()):
             return None
-        found = self._manager.restore(
-            step, args=self._args.Composite(identity=self._args.JsonRestore())
-        )["identity"]
+        step, args = self._manager.latest_step(), self._orbax.args
+        found = self._manager.restore(step, args=args.Composite(identity=args.JsonRestore()))[
+            "identity"
+        ]
         differences = list(_differences(found, self._identity))
         if differences:
             raise CheckpointError(
@@ -82,24 +91,19 @@ class Checkpoints:
                 f"{'; '.join(differences)}; give another directory, or the same settings"
             )
         return self._manager.restore(
-            step,
-            args=self._args.Composite(state=self._args.StandardRestore(template)),
+            step, args=args.Composite(state=args.StandardRestore(template))
         )["state"]
 
     def save(self, step: int, state: Any) -> None:
         """Writes ``state`` under the name of ``step`` and drops all but the last two."""
-        if step not in self._manager.all_steps():
-            self._manager.save(
-                step,
-                args=self._args.Composite(
-                    state=self._args.StandardSave(jax.device_get(state)),
-                    identity=self._args.JsonSave(self._identity),
-                ),
-            )
-
-    def close(self) -> None:
-        """Waits for what is still being written."""
-        self._manager.close()
+        args = self._orbax.args
+        self._manager.save(
+            step,
+            args=args.Composite(
+                state=args.StandardSave(jax.device_get(state)),
+                identity=args.JsonSave(self._identity),
+            ),
+        )
 
 
 def _differences(found: Any, given: Any, name: str = ""):

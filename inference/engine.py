@@ -1,7 +1,7 @@
 """The one engine: ``fit`` trains any NumPyro model and guide by stochastic variational inference.
 
 One compiled loop runs many steps: shuffle, gather, preprocess, update, all on the device
-(``inference.loop``). The host looks in about five times a second, to move the progress bar, to
+(``inference.loop``). The host looks in about twice a second, to move the progress bar, to
 see whether a loss was not finite, and to write a checkpoint. When it looks changes no bit of the
 result, because a step depends on its number and the state before it alone: every key is folded
 from (seed, step), and an epoch's order is a function of (seed, epoch).
@@ -39,7 +39,7 @@ from inference.describe import (
 from inference.loop import MAX_CHUNK, Loop, Preprocess, Program, State
 from inference.settings import Settings
 
-SECONDS_PER_CHUNK = 0.2
+SECONDS_PER_CHUNK = 0.5
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def fit(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
         jax.eval_shape(loop.init, keys, data),
     )
-    lowered = jax.jit(loop.advance, donate_argnums=0).lower(state, keys, data, np.int32(0))
+    lowered = jax.jit(loop.advance).lower(state, keys, data, np.int32(0))
     with ThreadPoolExecutor() as pool:  # XLA compiles the loop while the state is prepared
         advance = pool.submit(lowered.compile)
         validate = None
@@ -261,7 +261,7 @@ def fit(
         )
 
     step, chunk, saved_at = int(state.step), 8, time.perf_counter()
-    active = np.array(state.guard.active)
+    active = np.array(state.active)
     bar = tqdm(
         total=settings.num_steps,
         initial=step,
@@ -275,25 +275,33 @@ def fit(
             step = min(start + chunk, settings.num_steps)
             if validate is not None:
                 step = min(step, settings.validate_every * (start // settings.validate_every + 1))
-            state, elbo = advance(state, keys, data, np.int32(step))
-            elbo = np.asarray(elbo)[:, : step - start]
+            before = state
+            state, elbo, finite = advance(before, keys, data, np.int32(step))
+            elbo = np.where(active[:, None], elbo, np.nan)[:, : step - start]
             history.elbo[:, start:step] = elbo
             history.num_steps[active] = step
             rate = (step - start) / (time.perf_counter() - looked)
             chunk = int(np.clip(rate * SECONDS_PER_CHUNK, 1, min(4 * chunk, MAX_CHUNK)))
 
-            failed = active & ~np.isfinite(elbo).all(1)
+            taken = np.isfinite(elbo).cumprod(1).sum(1)  # steps before the first that failed
+            failed = active & ((taken < step - start) | ~np.array(finite))
             if failed.any() and on_nan == "stop":
-                i = int(failed.argmax())
-                at = start + int(np.isnan(elbo[i]).argmax())
-                history.num_steps[i] = at
+                # The loop is deterministic: run the chunk again, to just before that step. Where
+                # the parameters are bad by then, it was the gradient of the step before.
+                i = int(np.where(failed, taken, step).argmin())
+                for at in (start + taken[i], start + taken[i] - 1):
+                    state, _, finite = advance(before, keys, data, np.int32(at))
+                    if finite[i]:
+                        break
+                history.elbo[:, at:] = np.nan
+                history.num_steps[active] = at
                 last_elbo = float(history.elbo[i, at - 1]) if at else np.nan
-                raise NonFiniteError(seed + i, at + 1, last_elbo, result())
+                raise NonFiniteError(seed + i, int(at) + 1, last_elbo, result())
             if validate is not None and step % settings.validate_every == 0:
                 state, held_out = validate(state, keys, validation)
                 column = step // settings.validate_every - 1
                 history.validation_elbo[:, column] = np.where(active, held_out, np.nan)
-                active = np.array(state.guard.active)
+                active = np.array(state.active)
             seconds["run"] += time.perf_counter() - looked
             _report(bar, step, elbo, history, settings)
             due = time.perf_counter() - saved_at > checkpoint_every
@@ -301,8 +309,6 @@ def fit(
                 checkpoints.save(step, (state, history._asdict()))
                 saved_at = time.perf_counter()
 
-    if checkpoints:
-        checkpoints.close()
     fitted = result()
     never = ~np.isfinite(history.elbo).any(1)
     if never.any():

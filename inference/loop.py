@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax, random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpyro import handlers
 from numpyro.infer import SVI, RenyiELBO
 from numpyro.infer.autoguide import AutoGuide
@@ -38,22 +38,18 @@ class State(NamedTuple):
     step: Int[Array, ""]
     epoch: Int[Array, ""]
     offset: Int[Array, ""]  # data of this epoch already visited
-    optimizer: PyTree  # NumPyro's (count, (unconstrained parameters, GuardState))
+    optimizer: PyTree  # NumPyro's (count, (unconstrained parameters, Optax state))
     mutable: PyTree
     average: PyTree
     best: PyTree
     best_elbo: Float[Array, " seed"]
     num_stale: Int[Array, " seed"]  # evaluations since the best one
+    active: Bool[Array, " seed"]  # false from where patience ran out
 
     @property
     def params(self) -> PyTree:
         """The unconstrained parameters."""
         return self.optimizer[1][0]
-
-    @property
-    def guard(self) -> GuardState:
-        """Which seeds still move."""
-        return self.optimizer[1][1]
 
 
 class Loop:
@@ -101,7 +97,8 @@ class Loop:
             # An autoguide keeps its first run: let that be a concrete one, not a traced one.
             handlers.seed(guide, key)(**self.first_batch(key, data))
         scaled = PerDatum(objective, self.num_data, self.has_globals)
-        self.svi = SVI(model, guide, guard(optimizer, stop=settings.on_nan == "stop"), scaled)
+        optimizer = guard(optimizer) if settings.on_nan == "skip" else optimizer
+        self.svi = SVI(model, guide, optimizer, scaled)
 
     def first_batch(self, key: Array, data: Batch) -> Batch:
         """The first data as they lie, prepared: to check programs and to start parameters."""
@@ -129,13 +126,15 @@ class Loop:
             best=params if self.settings.patience else None,
             best_elbo=jnp.full(num_seeds, -jnp.inf),
             num_stale=jnp.zeros(num_seeds, jnp.int32),
+            active=jnp.ones(num_seeds, bool),
         )
         return jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), state)  # no weak types
 
     def advance(
         self, state: State, keys: Array, data: Batch, stop: Array
-    ) -> tuple[State, Float[Array, "seed chunk"]]:
-        """Steps ``state.step`` to ``stop - 1``, at most MAX_CHUNK of them, and their ELBO."""
+    ) -> tuple[State, Float[Array, "seed chunk"], Bool[Array, " seed"]]:
+        """Steps ``state.step`` to ``stop - 1``, at most MAX_CHUNK of them; their ELBO; and
+        whether the parameters are finite after them."""
         count = jnp.minimum(stop - state.step, MAX_CHUNK)
         words = jax.vmap(lambda key: random.bits(random.fold_in(key, ORDER)))(keys)
         noise = jax.vmap(lambda key: random.fold_in(key, NOISE))(keys)
@@ -143,7 +142,7 @@ class Loop:
         def body(i: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
             state, elbo = carry
 
-            def update(optimizer, mutable, average, word, key):
+            def update(optimizer, old_mutable, average, word, key):
                 index = self.batch_index(state.epoch, state.offset, word)
                 batch = data if index is None else {k: v[index] for k, v in data.items()}
                 if self.sharding is not None:
@@ -152,17 +151,16 @@ class Loop:
                 if self.preprocess is not None:
                     key, batch_key = random.split(key)
                     batch = self.preprocess(batch_key, batch)
-                before = optimizer[1][1].active
-                new, loss = self.svi.update(SVIState(optimizer, mutable, key), **batch)
-                params, guarded = new.optim_state[1]
-                taken = before & guarded.finite
-                mutable = jax.tree.map(
-                    lambda n, o: jnp.where(taken, n, o), new.mutable_state, mutable
-                )
+                new, loss = self.svi.update(SVIState(optimizer, old_mutable, key), **batch)
+                params, optimizer_state = new.optim_state[1]
+                mutable = new.mutable_state
+                if isinstance(optimizer_state, GuardState):
+                    mutable = _where(optimizer_state.finite, mutable, old_mutable)
+                    loss = jnp.where(optimizer_state.finite, loss, jnp.nan)
                 if average is not None:
                     count = jnp.maximum(state.step - self.settings.first_averaged + 1, 1)
                     average = jax.tree.map(lambda a, p: a + (p - a) / count, average, params)
-                return new.optim_state, mutable, average, jnp.where(taken, -loss, jnp.nan)
+                return new.optim_state, mutable, average, -loss
 
             optimizer, mutable, average, elbos = jax.vmap(update)(
                 state.optimizer, state.mutable, state.average, words, noise
@@ -180,7 +178,11 @@ class Loop:
             return state, elbo.at[:, i].set(elbos)
 
         trace = jnp.full((self.settings.num_seeds, MAX_CHUNK), jnp.nan)
-        return lax.fori_loop(0, count, body, (state, trace))
+        state, trace = lax.fori_loop(0, count, body, (state, trace))
+        finite = jax.vmap(
+            lambda params: jnp.array([jnp.isfinite(p).all() for p in jax.tree.leaves(params)])
+        )(state.params)
+        return state, trace, finite.all(1)
 
     def batch_index(self, epoch: Array, offset: Array, word: Array) -> Array | None:
         """Which data the next batch holds: the ``batch_size`` that follow in this epoch's order
@@ -233,12 +235,10 @@ class Loop:
         elbos = jax.vmap(elbo)(params, state.mutable, keys)
         if self.settings.patience is None:
             return state, elbos
-        count, (last, guarded) = state.optimizer
-        better = (elbos > state.best_elbo) & guarded.active
+        better = (elbos > state.best_elbo) & state.active
         num_stale = jnp.where(better, 0, state.num_stale + 1)
-        active = guarded.active & (num_stale < self.settings.patience)
         return state._replace(
-            optimizer=(count, (last, guarded._replace(active=active))),
+            active=state.active & (num_stale < self.settings.patience),
             best=jax.vmap(_where)(better, params, state.best),
             best_elbo=jnp.where(better, elbos, state.best_elbo),
             num_stale=num_stale,

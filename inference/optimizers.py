@@ -10,40 +10,30 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 
 class GuardState(NamedTuple):
-    """``active``: whether updates are still applied. ``finite``: whether the last one was."""
+    """``finite``: whether the last loss and gradient were, so that the step was taken."""
 
     inner: PyTree
-    active: Bool[Array, ""]
     finite: Bool[Array, ""]
 
 
-def guard(
-    optimizer: optax.GradientTransformation, stop: bool
-) -> optax.GradientTransformationExtraArgs:
+def guard(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Leaves parameters and state alone where the loss or the gradient is not finite.
 
-    Args:
-        optimizer: the transformation to guard.
-        stop: whether the first such step is also the last: ``active`` falls, and no later
-            update is applied.
-
-    The test looks at the gradient and not at the update, so that XLA can fuse the choice into
-    the update's own kernels.
+    Optax's ``apply_if_finite`` gives up after a number of such steps and does not see the loss.
     """
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> GuardState:
-        return GuardState(inner.init(params), jnp.array(True), jnp.array(True))
+        return GuardState(inner.init(params), jnp.array(True))
 
     def update(updates, state, params=None, *, value, **extra):
         finite = jnp.isfinite(value)
         for leaf in jax.tree.leaves(updates):
             finite &= jnp.isfinite(leaf).all()
-        keep = finite & state.active
         updates, new = inner.update(updates, state.inner, params, value=value, **extra)
-        updates = jax.tree.map(lambda u: jnp.where(keep, u, jnp.zeros_like(u)), updates)
-        new = jax.tree.map(lambda n, o: jnp.where(keep, n, o), new, state.inner)
-        return updates, GuardState(new, state.active & finite if stop else state.active, finite)
+        updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
+        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state.inner)
+        return updates, GuardState(new, finite)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

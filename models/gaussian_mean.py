@@ -43,7 +43,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import random
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 # --- configuration --------------------------------------------------------------------------------
 
@@ -89,6 +89,8 @@ class Truth:
         c = rng.normal(size=num_data)
         z = rng.normal(self.mu_0 + c, self.sigma_0)
         x = rng.normal(z, self.sigma)
+        if max(abs(x.min()), abs(x.max())) > np.finfo(np.float32).max:
+            raise ValueError(f"x: expected numbers that float32 holds, got some near {x[0]:.3g}")
         return {"c": c.astype(np.float32), "x": x.astype(np.float32)}
 
 
@@ -119,14 +121,16 @@ class Model:
     def __post_init__(self):
         _require_deviation("sigma_0", self.sigma_0)
 
-    def __call__(self, c: Float[Array, " N"], x: Float[Array, " N"] | None = None) -> None:
+    def __call__(
+        self, c: Float[Array | np.ndarray, " N"], x: Float[Array | np.ndarray, " N"] | None = None
+    ) -> None:
         """Samples z and x given c, and observes x if it is given."""
         start = 2 * math.log(self.sigma_0)
         theta_1 = numpyro.param(
             "theta_1", lambda key: self.x_loc + self.sigma_0 * random.normal(key)
         )
-        theta_2 = numpyro.param("theta_2", lambda key: self.sigma_0 * random.normal(key))
-        theta_3 = numpyro.param("theta_3", lambda key: start + 0.1 * random.normal(key))
+        theta_2 = numpyro.param("theta_2", 0.0)
+        theta_3 = numpyro.param("theta_3", start)
         with numpyro.plate("data", len(c)):
             z = numpyro.sample("z", dist.Normal(theta_1 + theta_2 * c, self.sigma_0))
             numpyro.sample("x", dist.Normal(z, jnp.exp(theta_3 / 2)), obs=x)
@@ -145,13 +149,15 @@ class Guide:
     def __post_init__(self):
         _require_deviation("sigma_0", self.sigma_0)
 
-    def __call__(self, c: Float[Array, " N"], x: Float[Array, " N"]) -> None:
+    def __call__(
+        self, c: Float[Array | np.ndarray, " N"], x: Float[Array | np.ndarray, " N"]
+    ) -> None:
         """Samples z given x and c."""
         start = 2 * math.log(self.sigma_0)
         phi_1 = numpyro.param("phi_1", 1.0)
-        phi_2 = numpyro.param("phi_2", lambda key: 0.1 * self.sigma_0 * random.normal(key))
+        phi_2 = numpyro.param("phi_2", 0.0)
         phi_3 = numpyro.param("phi_3", lambda key: self.sigma_0 * random.normal(key))
-        phi_4 = numpyro.param("phi_4", lambda key: start + 0.1 * random.normal(key))
+        phi_4 = numpyro.param("phi_4", start)
         with numpyro.plate("data", len(c)):
             numpyro.sample("z", dist.Normal(phi_1 * x + phi_2 * c + phi_3, jnp.exp(phi_4 / 2)))
 
@@ -162,7 +168,10 @@ PARAMETERS = ("theta_1", "theta_2", "theta_3", "phi_1", "phi_2", "phi_3", "phi_4
 
 
 def posterior(
-    params: Mapping[str, float], sigma_0: float, c: Float[Array, " N"], x: Float[Array, " N"]
+    params: Mapping[str, ArrayLike],
+    sigma_0: float,
+    c: Float[Array | np.ndarray, " N"],
+    x: Float[Array | np.ndarray, " N"],
 ) -> tuple[Float[Array, " N"], Float[Array, ""]]:
     """The exact p(z | x, c) of a model with parameters theta: its mean and standard deviation.
 
@@ -176,7 +185,10 @@ def posterior(
 
 
 def log_likelihood(
-    params: Mapping[str, float], sigma_0: float, c: Float[Array, " N"], x: Float[Array, " N"]
+    params: Mapping[str, ArrayLike],
+    sigma_0: float,
+    c: Float[Array | np.ndarray, " N"],
+    x: Float[Array | np.ndarray, " N"],
 ) -> Float[Array, " N"]:
     """The exact log p(x | c) of a model with parameters theta, in nats, for each datum.
 

@@ -63,10 +63,12 @@ def by_hand(
     prepare: Callable[[Any, Any], Any] = lambda key, batch: batch,
     learning_rate: float = 1e-3,
     sort: bool = False,
+    num_seeds: int = 1,
 ) -> Callable[[], Timing]:
     """A contestant: one scan in plain JAX. ``loss(params, key, **batch)`` is per datum.
 
-    With ``sort`` the order of each epoch comes from ``jax.random.permutation``.
+    With ``sort`` the order of each epoch comes from ``jax.random.permutation``. Several seeds
+    are one scan over a vmapped step.
     """
     optimizer = optax.adam(learning_rate)
     num_data = len(next(iter(data.values())))
@@ -91,9 +93,15 @@ def by_hand(
         updates, state = optimizer.update(gradient, state)
         return (optax.apply_updates(params, updates), state, key, order), value
 
-    params = init(random.key(0))
-    order = jnp.arange(num_data) if sort else jnp.uint32(1)
-    carry = (params, optimizer.init(params), random.key(1), order)
+    def start(seed):
+        params = init(random.key(seed))
+        order = jnp.arange(num_data) if sort else seed.astype(jnp.uint32)
+        return params, optimizer.init(params), random.key(seed), order
+
+    if num_seeds == 1:
+        carry = start(jnp.int32(0))
+    else:
+        carry, step = jax.vmap(start)(jnp.arange(num_seeds)), jax.vmap(step, (0, None))
     compiled = None
 
     def run() -> Timing:
@@ -182,6 +190,10 @@ def toy(config: Config) -> dict[str, tuple[Callable[[], Timing], int]]:
         "hand-written scan": (by_hand(toy_loss, init, data, 1_000, steps), steps),
         "hand-written scan, sorting each epoch": (
             by_hand(toy_loss, init, data, 1_000, steps, sort=True),
+            steps,
+        ),
+        "hand-written scan, 8 seeds": (
+            by_hand(toy_loss, init, data, 1_000, steps, num_seeds=8),
             steps,
         ),
         "fit": (by_fit(model, guide, data, **settings), steps),

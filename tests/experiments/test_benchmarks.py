@@ -11,7 +11,7 @@ from models import gaussian_mean
 
 def test_the_benchmark_runs(capsys, monkeypatch):
     monkeypatch.setattr(speed, "vae", lambda config: {})  # its size needs seconds per contestant
-    speed.main(speed.Config(toy_steps=30, rounds=1, vae_epochs=0))
+    speed.main(speed.Config(toy_steps=30, rounds=1, vae_epochs=0.0))
     printed = capsys.readouterr().out
     for name in ("hand-written scan", "fit, progress bar", "fit, 8 seeds", "SVI.run on one batch"):
         assert name in printed

@@ -463,6 +463,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_seed_step_and_elbo():
     np.testing.assert_array_equal(error.fit.params["loc"][error.seed - 5], before.params["loc"][0])
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step():
+    """The loss is finite everywhere, its gradient is not: sqrt at zero."""
+
+    def cornered_model(x):
+        loc = numpyro.param("loc", lambda key: jax.random.normal(key))
+        with numpyro.plate("data", len(x)):
+            numpyro.factor("f", -0.5 * (x - loc) ** 2 - jnp.where(x == 7, jnp.sqrt(0 * loc), 0.0))
+
+    data = {"x": np.concatenate([np.full(1, 7, np.float32), np.ones(63, np.float32)])}
+    settings = {"batch_size": 4, "optimizer": optax.sgd(0.1), "progress": False}
+    with pytest.raises(NonFiniteError) as caught:
+        fit(cornered_model, no_latents, data, num_steps=32, num_seeds=2, **settings)
+    error = caught.value
+    seed, step = error.seed, error.step
+    assert np.isfinite(error.fit.params["loc"]).all()
+    assert np.isfinite(error.fit.elbo[:, : step - 1]).all()
+    assert np.isnan(error.fit.elbo[:, step - 1 :]).all()
+    if step > 1:
+        before = fit(cornered_model, no_latents, data, num_steps=step - 1, seed=seed, **settings)
+        np.testing.assert_array_equal(error.fit.params["loc"][seed], before.params["loc"][0])
+    with pytest.raises(NonFiniteError) as caught:
+        fit(cornered_model, no_latents, data, num_steps=step, seed=seed, **settings)
+    assert caught.value.step == step
+
+
 def test_skipping_counts_and_reports():
     with pytest.warns(RuntimeWarning, match=r"skipped steps.*\{0: \d+, 1: \d+\} of 32"):
         result = explode(bad=2, on_nan="skip", num_seeds=2)

@@ -12,7 +12,7 @@ from inference.optimizers import guard, precondition
 def test_guard_is_the_optimizer_where_all_is_finite():
     params = {"a": jnp.ones(3), "b": jnp.zeros(())}
     gradient = {"a": jnp.arange(3.0), "b": jnp.float32(-2.0)}
-    plain, guarded = optax.adam(0.1), guard(optax.adam(0.1), stop=True)
+    plain, guarded = optax.adam(0.1), guard(optax.adam(0.1))
     states = plain.init(params), guarded.init(params)
     for _ in range(3):
         expected, first = plain.update(gradient, states[0], params)
@@ -24,10 +24,9 @@ def test_guard_is_the_optimizer_where_all_is_finite():
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-@pytest.mark.parametrize("stop", [True, False])
-def test_guard_leaves_everything_alone_where_something_is_not_finite(bad, where, stop):
+def test_guard_leaves_everything_alone_where_something_is_not_finite(bad, where):
     params = {"a": jnp.ones(3)}
-    optimizer = guard(optax.adam(0.1), stop)
+    optimizer = guard(optax.adam(0.1))
     state = optimizer.init(params)
     good = {"a": jnp.arange(3.0)}
     _, state = optimizer.update(good, state, params, value=jnp.float32(1.0))
@@ -39,8 +38,7 @@ def test_guard_leaves_everything_alone_where_something_is_not_finite(bad, where,
     assert not after.finite
     updates, last = optimizer.update(good, after, params, value=jnp.float32(1.0))
     assert last.finite
-    assert bool(last.active) == (not stop)
-    assert (updates["a"][1] != 0) == (not stop)
+    assert updates["a"][1] != 0
 
 
 def test_precondition_is_the_optimizer_in_other_coordinates():

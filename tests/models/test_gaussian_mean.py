@@ -174,6 +174,7 @@ def test_no_maximum_is_said():
         (lambda: gm.Model(sigma_0=float("inf")), "sigma_0: expected a positive, finite"),
         (lambda: gm.Guide(sigma_0=0.0), "sigma_0: expected a positive, finite"),
         (lambda: gm.Truth().simulate(0, seed=0), "num_data: expected at least 1, got 0"),
+        (lambda: gm.Truth(mu_0=1e39).simulate(9, seed=0), r"float32 holds, got some near 1e\+39"),
     ],
 )
 def test_bad_values_are_named(make, message):
