@@ -238,11 +238,12 @@ def table(result: dict[str, Any]) -> str:
     )
     body = tabulate(rows, headers, disable_numparse=True, colalign=("left",) + ("right",) * 6)
     elbo, config, seconds = result["elbo"], result["config"], result["seconds"]
+    seeds = f"{config['num_seeds']} seed" + "s" * (config["num_seeds"] > 1)
     return (
         f"\n{body}\n\n"
         f"ELBO, nats per datum: {elbo['estimate']:.5f} +- {elbo['standard_error']:.5f}, optimum "
         f"{elbo['optimum']:.5f}, best on these data {elbo['maximum_likelihood']:.5f}\n"
-        f"{config['num_data']} data, {config['num_seeds']} seeds, {config['num_steps']} steps of "
+        f"{config['num_data']} data, {seeds}, {config['num_steps']} steps of "
         f"{config['objective']} on {result['device']}; compiling {seconds['compile']:.1f} s, "
         f"training {seconds['run']:.1f} s, in all {seconds['total']:.1f} s\n"
         f"(s.e.: standard error of the maximum-likelihood value around the optimum; worst seed: "

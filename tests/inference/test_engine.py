@@ -24,7 +24,8 @@ from numpyro.infer import (
 )
 from numpyro.infer.autoguide import AutoNormal
 
-from inference import CheckpointError, NonFiniteError, fit
+from inference import CheckpointError, NonFiniteError, engine, fit
+from inference.loop import MAX_CHUNK
 from inference.objectives import PerDatum
 from inference.settings import _require_whole
 
@@ -140,6 +141,14 @@ def test_the_loop_is_compiled_once(caplog):
         jax.config.update("jax_log_compiles", False)
     compiled = [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
     assert sum("jit(advance)" in message for message in compiled) == 1
+
+
+def test_the_host_looks_once_per_chunk(monkeypatch):
+    looks = []
+    monkeypatch.setattr(engine, "_report", lambda bar, step, *rest: looks.append(step))
+    run(num_steps=6000)
+    assert looks[-1] == 6000
+    assert 6000 / MAX_CHUNK < len(looks) < 100
 
 
 def test_data_keep_their_type_and_are_prepared_on_the_device_at_every_step():
