@@ -288,7 +288,7 @@ def fit(
             if failed.any() and on_nan == "stop":
                 # The loop is deterministic: run the chunk again, to just before that step. Where
                 # the parameters are bad by then, it was the gradient of the step before.
-                i = int(np.where(failed, taken, step).argmin())
+                i = int(np.where(failed, taken, np.inf).argmin())
                 for at in (start + taken[i], start + taken[i] - 1):
                     state, _, finite = advance(before, keys, data, np.int32(at))
                     if finite[i]:

@@ -497,6 +497,26 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step():
     assert caught.value.step == step
 
 
+def test_a_bad_gradient_at_the_last_step_names_the_seed_it_happened_to():
+    def fragile_model(x):
+        loc = numpyro.param("loc", lambda key: jax.random.normal(key))
+        with numpyro.plate("data", len(x)):
+            # finite for every loc; the gradient is not, where loc is above 0.5
+            root = jnp.sqrt(jnp.where(loc > 0.5, 0 * loc, 1.0))
+            numpyro.factor("f", -0.5 * (x - loc) ** 2 - root)
+
+    data, starts = {"x": np.zeros(4, np.float32)}, {"num_steps": 1, "progress": False}
+    located = fit(
+        climbing_model, no_latents, data, num_seeds=8, optimizer=optax.sgd(0.0), **starts
+    ).params["loc"]
+    with pytest.raises(NonFiniteError) as caught:
+        fit(fragile_model, no_latents, data, num_seeds=8, optimizer=optax.sgd(0.1), **starts)
+    assert caught.value.step == 1
+    first_bad = int(np.argmax(np.asarray(located) * 10 > 0.5))  # it starts at a tenth of these
+    assert first_bad > 0
+    assert caught.value.seed == first_bad
+
+
 def test_skipping_counts_and_reports():
     with pytest.warns(RuntimeWarning, match=r"skipped steps.*\{0: \d+, 1: \d+\} of 32"):
         result = explode(bad=2, on_nan="skip", num_seeds=2)
