@@ -11,7 +11,7 @@ Both raise on the first fault, in one line: where it is, what was expected, what
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -68,6 +68,18 @@ def check_data(data: Mapping[str, Any], batch_size: Any, name: str = "data") -> 
     for key, array in data.items():
         _check_finite(array, f"{name}[{key!r}]")
     return size
+
+
+def check_values(programs: Iterable[Callable[..., Any]], data: Mapping[str, Any]) -> None:
+    """Lets programs look at all the data before they run on traced ones.
+
+    A program may have a method ``check_data(**data)`` that raises ValueError for values it is not
+    made for, such as a label outside its classes.
+    """
+    for program in programs:
+        look = getattr(program, "check_data", None)
+        if look is not None:
+            look(**data)
 
 
 def _check_array(array: Any, name: str) -> None:

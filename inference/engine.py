@@ -27,7 +27,7 @@ from numpyro.infer.elbo import ELBO
 from tqdm import tqdm
 
 from inference.checkpoints import Checkpoints
-from inference.checks import check_data
+from inference.checks import check_data, check_values
 from inference.describe import (
     describe_arrays,
     describe_device,
@@ -37,6 +37,7 @@ from inference.describe import (
     versions,
 )
 from inference.loop import MAX_CHUNK, Loop, Preprocess, Program, State
+from inference.objectives import KLWarmUp
 from inference.settings import Settings
 
 SECONDS_PER_CHUNK = 0.5
@@ -175,13 +176,15 @@ def fit(
         patience=patience,
         on_nan=on_nan,
     )
-    _check_objects(objective, optimizer, mesh, settings.batch_size)
+    _check_objects(objective, optimizer, mesh, settings)
+    check_values((model, guide), data)
     if validation is not None:
         check_data(validation, None, name="validation")
         if validation.keys() != data.keys():
             raise ValueError(
                 f"validation: expected arrays {sorted(data)}, got {sorted(validation)}"
             )
+        check_values((model, guide), validation)
     config = asdict(settings) | {
         "model": describe_value(model),
         "guide": describe_value(guide),
@@ -341,9 +344,15 @@ def _report(bar: tqdm, step: int, elbo: np.ndarray, history: _History, settings:
     bar.update(step - bar.n)
 
 
-def _check_objects(objective: Any, optimizer: Any, mesh: Mesh | None, batch_size: int) -> None:
+def _check_objects(objective: Any, optimizer: Any, mesh: Mesh | None, settings: Settings) -> None:
+    batch_size = settings.batch_size
     if not isinstance(objective, ELBO):
         raise ValueError(f"objective: expected a NumPyro ELBO object, got {objective!r}")
+    if isinstance(objective, KLWarmUp) and objective.num_steps > settings.num_steps:
+        raise ValueError(
+            f"objective: expected a KL warm-up within the training's {settings.num_steps} steps, "
+            f"got one of {objective.num_steps}; the ELBO itself would never be trained"
+        )
     if not isinstance(optimizer, optax.GradientTransformation):
         raise ValueError(f"optimizer: expected an Optax gradient transformation, got {optimizer!r}")
     if mesh is None:

@@ -1,18 +1,97 @@
-"""Judges: what a fit is worth, in nats per datum."""
+"""Judges: what a fit is worth, in nats per datum.
+
+A judge takes a model, a guide, the parameters of one seed and data as the programs take them. It
+goes through the data in batches, by one compiled program, so that its memory depends on neither
+the number of data nor the number of draws.
+"""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
 from jax import lax, random
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real
+from numpyro.distributions.kl import kl_divergence
 from numpyro.handlers import replay, seed
 from numpyro.infer.util import compute_log_probs
+from tqdm import tqdm
+
+from inference.checks import check_data, check_values
+
+Program = Callable[..., Any]
+
+DRAWS_AT_ONCE = 20  # of every datum of a batch, in memory together
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One number for each datum, and their mean.
+
+    Attributes:
+        pointwise: (N,), nats per datum.
+        num_samples: draws of z for each datum.
+        monte_carlo_variance: (N,), the part of each number's variance that its draws are to blame
+            for (to first order in 1 / num_samples), where it is known.
+    """
+
+    pointwise: Float[np.ndarray, " N"]
+    num_samples: int
+    monte_carlo_variance: Float[np.ndarray, " N"] | None = None
+
+    @property
+    def estimate(self) -> float:
+        """The mean over the data."""
+        return float(np.mean(self.pointwise, dtype=np.float64))
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, over data and draws: the deviation between data over sqrt(N)."""
+        return float(np.std(self.pointwise, dtype=np.float64) / np.sqrt(len(self.pointwise)))
+
+    @property
+    def monte_carlo_error(self) -> float:
+        """Of the mean, over draws alone: how much it would move on these data."""
+        if self.monte_carlo_variance is None:
+            return float("nan")
+        return float(np.sqrt(np.sum(self.monte_carlo_variance)) / len(self.pointwise))
+
+
+@dataclass(frozen=True)
+class ElboTerms:
+    """The ELBO of each datum, and what it is made of.
+
+    Attributes:
+        elbo, reconstruction, kl: with elbo = reconstruction - kl. The divergence is exact where
+            the program has one latent site and NumPyro knows the formula, and else the mean over
+            draws of log q(z | x, c) - log p(z | c).
+        kl_per_dim: by latent site, (N, dimensions), where guide and prior factorise over
+            dimensions and NumPyro knows the formula.
+        z_loc: by latent site, (N, dimensions), the mean of q(z | x, c).
+    """
+
+    elbo: Estimate
+    reconstruction: Estimate
+    kl: Estimate
+    kl_per_dim: dict[str, Float[np.ndarray, "N z"]]
+    z_loc: dict[str, Float[np.ndarray, "N z"]]
+
+    @property
+    def active(self) -> dict[str, Bool[np.ndarray, " z"]]:
+        """By latent site: is the variance over data of z_loc above 0.01 (Burda et al. 2016)?
+
+        A guide that ignores a dimension gives every datum the prior's mean. With a learned prior
+        that mean itself depends on the condition: look at ``kl_per_dim`` then.
+        """
+        return {name: z_loc.var(0) > 0.01 for name, z_loc in self.z_loc.items()}
 
 
 def pointwise_elbo(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     params: Mapping[str, Any],
     data: Mapping[str, ArrayLike],
     *,
@@ -20,6 +99,8 @@ def pointwise_elbo(
     num_samples: int = 1,
 ) -> Float[Array, " N"]:
     """The ELBO of each datum: the mean over draws of log p(x, z | c) - log q(z | x, c).
+
+    A pure function, all data at once: for use under ``jit`` and ``vmap``.
 
     Args:
         model, guide: NumPyro programs that take the arrays of ``data`` by name.
@@ -34,27 +115,317 @@ def pointwise_elbo(
     Raises:
         ValueError: a site lies outside the plate "data", so that it belongs to no datum.
     """
-    data = {name: jnp.asarray(array) for name, array in data.items()}
-    size = len(next(iter(data.values())))
+    draw = _log_weight(model, guide, params, data)
+    return jnp.mean(lax.map(draw, random.split(key, num_samples)), axis=0)
 
-    def log_probs(program: Callable[..., Any]) -> tuple[Array, Any]:
-        terms, sites = compute_log_probs(program, (), data, dict(params), sum_log_prob=False)
-        total = jnp.zeros(size)
-        for name, term in terms.items():
-            axes = {f.name: f.dim for f in sites[name]["cond_indep_stack"]}
-            if "data" not in axes:
-                raise ValueError(
-                    f'site {name!r}: expected it in the plate "data", got {sorted(axes)}; a global '
-                    f"latent variable has no share of a datum's ELBO"
-                )
-            term = jnp.moveaxis(term, axes["data"], 0)
-            total += term.reshape(len(term), -1).sum(1)
-        return total, sites
+
+def elbo_terms(
+    model: Program,
+    guide: Program,
+    params: Mapping[str, Any],
+    data: Mapping[str, Any],
+    *,
+    key: Array,
+    num_samples: int = 1,
+    batch_size: int = 500,
+    progress: bool = False,
+) -> ElboTerms:
+    """The ELBO split into reconstruction and divergence (Kingma & Welling 2014, equation 3).
+
+    Args:
+        model, guide: NumPyro programs that take the arrays of ``data`` by name.
+        params: the value of every parameter, for one seed.
+        data: arrays of shape (N, ...).
+        key: a random key.
+        num_samples: draws of z per datum.
+        batch_size: data at a time.
+        progress: a progress bar, where there is a terminal.
+
+    Raises:
+        ValueError: a site lies outside the plate "data"; data that the programs refuse.
+    """
+
+    def judge(params: PyTree, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
+        draw = lambda key: _terms(model, guide, params, batch, key)  # noqa: E731
+        return jax.tree.map(lambda x: x.mean(0), lax.map(draw, random.split(key, num_samples)))
+
+    result = _over_data(
+        judge, (model, guide), params, data, key, num_samples, batch_size, progress, "elbo"
+    )
+    terms = {name: Estimate(result[name], num_samples) for name in ("elbo", "reconstruction", "kl")}
+    return ElboTerms(**terms, kl_per_dim=result["kl_per_dim"], z_loc=result["z_loc"])
+
+
+def log_likelihood(
+    model: Program,
+    guide: Program,
+    params: Mapping[str, Any],
+    data: Mapping[str, Any],
+    *,
+    key: Array,
+    num_samples: int = 1000,
+    batch_size: int = 100,
+    progress: bool = False,
+) -> Estimate:
+    """log p(x | c) by importance sampling from the guide (Burda et al. 2016, equation 8).
+
+    log (1 / S) sum_s p(x, z_s | c) / q(z_s | x, c) with z_s from the guide: below log p(x | c) in
+    expectation, by about half the ``monte_carlo_variance``, and it rises to it with S. The sum is
+    kept as a running maximum and a scaled total, so that memory does not grow with S.
+
+    Args:
+        model, guide, params, data, key, progress: as in ``elbo_terms``.
+        num_samples: S, draws of z per datum.
+        batch_size: data at a time.
+
+    Raises:
+        ValueError: as in ``elbo_terms``.
+    """
+
+    def judge(params: PyTree, key: Array, batch: Mapping[str, Array]) -> Any:
+        return _importance_sample(_log_weight(model, guide, params, batch), key, num_samples)
+
+    values, variance = _over_data(
+        judge, (model, guide), params, data, key, num_samples, batch_size, progress, "log p"
+    )
+    return Estimate(values, num_samples, variance)
+
+
+@dataclass(frozen=True)
+class LabelCheck:
+    """What a model knows of the label.
+
+    Attributes:
+        log_likelihood: (N, K), log p(x | c) of every datum under every label.
+        c: (N,), the true labels.
+        num_samples: draws of z for each datum and label.
+    """
+
+    log_likelihood: Float[np.ndarray, "N K"]
+    c: Real[np.ndarray, " N"]
+    num_samples: int
+
+    @property
+    def information(self) -> Estimate:
+        """log p(x | c) - log mean_c' p(x | c'): nats that the label tells, at most log K."""
+        values = self.log_likelihood.astype(np.float64)
+        own = np.take_along_axis(values, self.c[:, None].astype(int), 1)[:, 0]
+        mean = np.logaddexp.reduce(values, axis=1) - np.log(values.shape[1])
+        return Estimate(own - mean, self.num_samples)
+
+    @property
+    def accuracy(self) -> Estimate:
+        """The share of data whose true label has the greatest likelihood."""
+        right = self.log_likelihood.argmax(1) == self.c
+        return Estimate(right.astype(float), self.num_samples)
+
+
+def label_check(
+    model: Program,
+    guide: Program,
+    params: Mapping[str, Any],
+    data: Mapping[str, Any],
+    num_classes: int,
+    *,
+    key: Array,
+    num_samples: int = 100,
+    batch_size: int = 100,
+    progress: bool = False,
+) -> LabelCheck:
+    """log p(x | c) under the true label and every other.
+
+    For one and the same model and labels of equal probability the true label can tell no more
+    than log K nats, so that a conditional likelihood beyond that over the mixture is a mistake.
+    And argmax_c p(x | c) classifies.
+
+    Args:
+        model, guide, params, key, progress: as in ``elbo_terms``.
+        data: arrays of shape (N, ...), the label among them as ``c``, 0 .. num_classes - 1.
+        num_classes: K.
+        num_samples: draws of z per datum and label.
+        batch_size: data at a time.
+
+    Raises:
+        ValueError: as in ``elbo_terms``; no ``c`` among the data.
+    """
+    if "c" not in data:
+        raise ValueError(f'data: expected labels as "c", got {sorted(data)}')
+
+    def judge(params: PyTree, key: Array, batch: Mapping[str, Array]) -> Array:
+        def under(label: Array) -> Array:
+            given = dict(batch, c=jnp.full_like(batch["c"], label))
+            draw = _log_weight(model, guide, params, given)
+            return _importance_sample(draw, key, num_samples)[0]
+
+        return lax.map(under, jnp.arange(num_classes)).T
+
+    values = _over_data(
+        judge, (model, guide), params, data, key, num_samples, batch_size, progress, "log p"
+    )
+    return LabelCheck(values, np.asarray(data["c"]), num_samples)
+
+
+# --- one batch ------------------------------------------------------------------------------------
+
+
+def _sum_by_datum(terms: Mapping[str, Array], sites: Mapping[str, Any], size: int) -> Array:
+    """The sum of log densities of sites, by datum."""
+    total = jnp.zeros(size)
+    for name in sorted(terms):
+        axes = {f.name: f.dim for f in sites[name]["cond_indep_stack"]}
+        if "data" not in axes:
+            raise ValueError(
+                f'site {name!r}: expected it in the plate "data", got {sorted(axes)}; a global '
+                f"latent variable has no share of a datum's ELBO"
+            )
+        term = jnp.moveaxis(terms[name], axes["data"], 0)
+        total += term.reshape(len(term), -1).sum(1)
+    return total
+
+
+def _run(
+    model: Program, guide: Program, params: Mapping[str, Any], data: Mapping[str, Any], key: Array
+) -> tuple[dict[str, Array], dict[str, Any], dict[str, Array], dict[str, Any]]:
+    """log q and its sites, log p and its sites, at one draw from the guide."""
+    guide_key, model_key = random.split(key)
+    log_q, q_sites = compute_log_probs(
+        seed(guide, guide_key), (), dict(data), dict(params), sum_log_prob=False
+    )
+    log_p, p_sites = compute_log_probs(
+        replay(seed(model, model_key), q_sites), (), dict(data), dict(params), sum_log_prob=False
+    )
+    return log_q, q_sites, log_p, p_sites
+
+
+def _size(data: Mapping[str, Any]) -> int:
+    return len(next(iter(data.values())))
+
+
+def _log_weight(
+    model: Program, guide: Program, params: Mapping[str, Any], data: Mapping[str, ArrayLike]
+) -> Callable[[Array], Float[Array, " N"]]:
+    """From a key to log p(x, z | c) - log q(z | x, c) of every datum."""
+    arrays = {name: jnp.asarray(array) for name, array in data.items()}
 
     def draw(key: Array) -> Array:
-        guide_key, model_key = random.split(key)
-        log_q, sites = log_probs(seed(guide, guide_key))
-        log_p, _ = log_probs(replay(seed(model, model_key), sites))
-        return log_p - log_q
+        log_q, q_sites, log_p, p_sites = _run(model, guide, params, arrays, key)
+        size = _size(arrays)
+        return _sum_by_datum(log_p, p_sites, size) - _sum_by_datum(log_q, q_sites, size)
 
-    return jnp.mean(lax.map(draw, random.split(key, num_samples)), axis=0)
+    return draw
+
+
+def _terms(
+    model: Program, guide: Program, params: PyTree, data: Mapping[str, Array], key: Array
+) -> dict[str, Any]:
+    """The terms of the ELBO at one draw."""
+    log_q, q_sites, log_p, p_sites = _run(model, guide, params, data, key)
+    size = _size(data)
+    observed = {name: log_p[name] for name in log_p if p_sites[name]["is_observed"]}
+    prior = {name: log_p[name] for name in log_p if name not in observed}
+    latents = [name for name in prior if name in log_q]
+    per_dim = {}
+    for name in latents:
+        divergence = _elementwise_kl(q_sites[name]["fn"], p_sites[name]["fn"])
+        if divergence is not None:
+            per_dim[name] = divergence.reshape(size, -1)
+    kl = _sum_by_datum(log_q, q_sites, size) - _sum_by_datum(prior, p_sites, size)
+    if len(latents) == len(log_q) == len(prior) == len(per_dim) == 1:
+        kl = per_dim[latents[0]].sum(1)
+    reconstruction = _sum_by_datum(observed, p_sites, size)
+    return {
+        "elbo": reconstruction - kl,
+        "reconstruction": reconstruction,
+        "kl": kl,
+        "kl_per_dim": per_dim,
+        "z_loc": {name: _mean(q_sites[name]).reshape(size, -1) for name in latents},
+    }
+
+
+def _elementwise_kl(q: dist.Distribution, p: dist.Distribution) -> Array | None:
+    """KL(q || p) in every dimension, or None where they do not factorise or have no formula."""
+    shape = q.batch_shape + q.event_shape
+    q, p = _base(q), _base(p)
+    if q.event_shape or p.event_shape:
+        return None
+    try:
+        return jnp.broadcast_to(kl_divergence(q, p), shape)
+    except NotImplementedError:
+        return None
+
+
+def _base(fn: Any) -> Any:
+    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def _mean(site: Mapping[str, Any]) -> Array:
+    """The mean of a site's distribution, or its draw where the mean has no formula."""
+    try:
+        return site["fn"].mean
+    except NotImplementedError:
+        return site["value"]
+
+
+def _importance_sample(
+    draw: Callable[[Array], Array], key: Array, num_samples: int
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """The log of the mean weight of every datum, and the variance of that log over draws."""
+    at_once = min(num_samples, DRAWS_AT_ONCE)
+
+    def add(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        greatest, total, squares = carry
+        log_w = jax.vmap(draw)(random.split(random.fold_in(key, i), at_once))
+        counted = i * at_once + jnp.arange(at_once) < num_samples
+        log_w = jnp.where(counted[:, None], log_w, -jnp.inf)
+        new = jnp.maximum(greatest, log_w.max(0))
+        old, w = jnp.exp(greatest - new), jnp.exp(log_w - new)
+        return new, old * total + w.sum(0), old**2 * squares + (w**2).sum(0)
+
+    # The first draws may have no finite weight: a finite floor keeps the differences defined.
+    shape = jax.eval_shape(draw, key).shape
+    start = jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape), jnp.zeros(shape)
+    greatest, total, squares = lax.fori_loop(0, -(-num_samples // at_once), add, start)
+    return (
+        greatest + jnp.log(total / num_samples),
+        jnp.maximum(squares / total**2 - 1 / num_samples, 0.0),
+    )
+
+
+# --- all the data ---------------------------------------------------------------------------------
+
+
+def _over_data(
+    judge: Callable[[PyTree, Array, Mapping[str, Array]], PyTree],
+    programs: tuple[Program, Program],
+    params: Mapping[str, Any],
+    data: Mapping[str, Any],
+    key: Array,
+    num_samples: int,
+    batch_size: int,
+    progress: bool,
+    description: str,
+) -> PyTree:
+    """``judge(params, key, batch)`` on every batch, its arrays (batch, ...) joined."""
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    num_data = check_data(data, None)
+    check_values(programs, data)
+    size = min(batch_size, num_data)
+    compiled = jax.jit(judge)
+    results, mean = [], 0.0
+    with tqdm(total=num_data, unit="datum", disable=None if progress else True) as bar:
+        for i, start in enumerate(range(0, num_data, size)):
+            index = np.minimum(np.arange(start, start + size), num_data - 1)  # the last one is full
+            batch = {name: array[index] for name, array in data.items()}
+            result = jax.device_get(compiled(params, random.fold_in(key, i), batch))
+            count = min(size, num_data - start)
+            results.append(jax.tree.map(lambda x, n=count: x[:n], result))
+            if not bar.disable:
+                first = jax.tree.leaves(results[-1])[0]
+                mean += (float(first.mean()) - mean) * count / (start + count)
+                bar.set_postfix({description: f"{mean:.4f}"}, refresh=False)
+                bar.update(count)
+    return jax.tree.map(lambda *x: np.concatenate(x), *results)

@@ -1,5 +1,6 @@
 """The compiled parts of a run: pure functions of its state, the same for every model."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro.infer.svi import SVIState
 
 from inference.checks import check_programs
-from inference.objectives import PerDatum
+from inference.objectives import KLWarmUp, KLWeighted, PerDatum
 from inference.optimizers import GuardState, guard
 from inference.settings import Settings
 from inference.shuffle import epoch_word, permute
@@ -96,7 +97,8 @@ class Loop:
         if isinstance(guide, AutoGuide) and getattr(guide, "prototype_trace", None) is None:
             # An autoguide keeps its first run: let that be a concrete one, not a traced one.
             handlers.seed(guide, key)(**self.first_batch(key, data))
-        scaled = PerDatum(objective, self.num_data, self.has_globals)
+        plain = objective.objective if isinstance(objective, KLWarmUp) else objective
+        scaled = PerDatum(plain, self.num_data, self.has_globals)
         optimizer = guard(optimizer) if settings.on_nan == "skip" else optimizer
         self.svi = SVI(model, guide, optimizer, scaled)
 
@@ -141,6 +143,7 @@ class Loop:
 
         def body(i: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
             state, elbo = carry
+            svi = self.svi_at(state.step)
 
             def update(optimizer, old_mutable, average, word, key):
                 index = self.batch_index(state.epoch, state.offset, word)
@@ -151,7 +154,7 @@ class Loop:
                 if self.preprocess is not None:
                     key, batch_key = random.split(key)
                     batch = self.preprocess(batch_key, batch)
-                new, loss = self.svi.update(SVIState(optimizer, old_mutable, key), **batch)
+                new, loss = svi.update(SVIState(optimizer, old_mutable, key), **batch)
                 params, optimizer_state = new.optim_state[1]
                 mutable = new.mutable_state
                 if isinstance(optimizer_state, GuardState):
@@ -184,6 +187,14 @@ class Loop:
         )(state.params)
         return state, trace, finite.all(1)
 
+    def svi_at(self, step: Array) -> SVI:
+        """What updates the parameters at this step."""
+        if not isinstance(self.objective, KLWarmUp):
+            return self.svi
+        svi = copy.copy(self.svi)
+        svi.loss = KLWeighted(self.svi.loss, self.objective.weight(step))
+        return svi
+
     def batch_index(self, epoch: Array, offset: Array, word: Array) -> Array | None:
         """Which data the next batch holds: the ``batch_size`` that follow in this epoch's order
         and, where the epoch ends within the batch, the first of the next epoch's."""
@@ -212,7 +223,7 @@ class Loop:
     ) -> tuple[State, Float[Array, " seed"]]:
         """The held-out ELBO of the parameters that would be returned now, and with ``patience``
         the best ones kept and the seeds stopped that have run out of it."""
-        objective = PerDatum(self.objective, _length(data), self.has_globals)
+        objective = PerDatum(self.svi.loss.objective, _length(data), self.has_globals)
         size = min(self.batch_size, _length(data))
         num_full = _length(data) // size * size
 

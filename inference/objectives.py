@@ -6,26 +6,39 @@ On a batch of B out of N data,
 
 whose expectation over batches and draws is the same for every B. The terms outside the plate
 are those of global latent variables; where there are none this is the batch's loss over B.
+
+And how the divergence is weighed while training warms up: ``KLWarmUp``.
 """
 
 import copy
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+from jax import lax
+from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger
 
 
-class _RescaleData(Messenger):
-    """Multiplies the log densities inside the plate "data" by ``factor``."""
+class _Rescale(Messenger):
+    """Multiplies the log densities of the sites that ``chosen`` picks by ``factor``."""
 
-    def __init__(self, fn: Callable[..., Any], factor: float):
+    def __init__(self, fn: Callable[..., Any], factor: Any, chosen: Callable[[Any], bool]):
         super().__init__(fn)
-        self.factor = factor
+        self.factor, self.chosen = factor, chosen
 
     def process_message(self, msg: Any) -> None:
-        if msg["type"] == "sample" and any(f.name == "data" for f in msg["cond_indep_stack"]):
+        if msg["type"] == "sample" and self.chosen(msg):
             msg["scale"] = self.factor * (1.0 if msg["scale"] is None else msg["scale"])
+
+
+def _in_data(msg: Any) -> bool:
+    return any(frame.name == "data" for frame in msg["cond_indep_stack"])
+
+
+def _is_latent(msg: Any) -> bool:
+    return not msg["is_observed"]
 
 
 class PerDatum(ELBO):
@@ -58,7 +71,7 @@ class PerDatum(ELBO):
         size = len(next(iter(batch.values())))
         if self.has_globals:
             factor, size = self.num_data / size, self.num_data
-            model, guide = _RescaleData(model, factor), _RescaleData(guide, factor)
+            model, guide = (_Rescale(fn, factor, _in_data) for fn in (model, guide))
         result = method(rng_key, param_map, model, guide, **batch)
         # Strings hash differently in every process, and so would a sum in the order of a set
         # of names round: summed by name, the same seed gives the same bits everywhere.
@@ -69,3 +82,96 @@ class PerDatum(ELBO):
 
 def _sum_by_name(terms: Any) -> Any:
     return sum(terms[name] for name in sorted(terms)) if isinstance(terms, dict) else terms
+
+
+class KLWarmUp(ELBO):
+    """An ELBO whose gradient neglects the divergence at first (Bowman et al. 2016, section 3.1).
+
+    At step t of the warm-up the gradient is that of
+
+        E_q [ log p(x | z, c) ] - w(t) KL( q(z | x, c) || p(z | c) ),    w(t) = start + (1 - start)
+                                                                                * t / num_steps,
+
+    and of the ELBO itself from step ``num_steps`` on. Its value is always the ELBO, so that traces
+    of runs with and without compare. ``fit`` knows the step; to plain ``SVI``, which does not tell
+    it to its objective, give ``KLWeighted(objective, w)``.
+
+    Args:
+        objective: ``Trace_ELBO`` or ``TraceMeanField_ELBO``.
+        num_steps: steps until the weight is 1. ``fit`` refuses more than it trains.
+        start: the first step's weight.
+
+    Raises:
+        ValueError: a number out of range.
+        TypeError: an objective in which the divergence is no term of its own.
+    """
+
+    def __init__(self, objective: ELBO, num_steps: int, start: float = 0.0):
+        if num_steps < 1:
+            raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
+        if not 0 <= start <= 1:
+            raise ValueError(f"start: expected a weight from 0 to 1, got {start}")
+        KLWeighted(objective, start)
+        super().__init__(objective.num_particles)
+        self.objective, self.num_steps, self.start = objective, num_steps, start
+        self.can_infer_discrete = objective.can_infer_discrete
+
+    def weight(self, step: Any) -> Any:
+        """w(t)."""
+        return self.start + (1 - self.start) * jnp.minimum(step / self.num_steps, 1.0)
+
+    def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
+        """The loss at full weight."""
+        return self.objective.loss(rng_key, param_map, model, guide, *args, **kwargs)
+
+    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+        """The loss at full weight, and the programs' mutable state."""
+        return self.objective.loss_with_mutable_state(
+            rng_key, param_map, model, guide, *args, **kwargs
+        )
+
+
+class KLWeighted(ELBO):
+    """An objective with its own value, and the gradient of one whose divergence is weighed.
+
+    Args:
+        objective: ``Trace_ELBO`` or ``TraceMeanField_ELBO``, or one of these per datum.
+        weight: of the divergence, a number or a traced scalar.
+
+    Raises:
+        TypeError: an objective in which the divergence is no term of its own.
+    """
+
+    def __init__(self, objective: ELBO, weight: Any):
+        inner = objective.objective if isinstance(objective, PerDatum) else objective
+        if type(inner) not in (Trace_ELBO, TraceMeanField_ELBO):
+            raise TypeError(
+                f"objective: expected Trace_ELBO or TraceMeanField_ELBO, in which the divergence "
+                f"is a term of its own, got {type(inner).__name__}; train it without warm-up"
+            )
+        super().__init__(inner.num_particles)
+        self.objective, self.kl_weight = objective, weight
+        self.can_infer_discrete = objective.can_infer_discrete
+
+    def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
+        """The loss."""
+        return self._combine(self.objective.loss, rng_key, param_map, model, guide, args, kwargs)
+
+    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+        """The loss, and the programs' mutable state."""
+        method = self.objective.loss_with_mutable_state
+        return self._combine(method, rng_key, param_map, model, guide, args, kwargs)
+
+    def _combine(self, method, rng_key, param_map, model, guide, args, kwargs):
+        # Both have the same draws, so that the compiler evaluates them once.
+        plain = method(rng_key, param_map, model, guide, *args, **kwargs)
+        model, guide = (_Rescale(fn, self.kl_weight, _is_latent) for fn in (model, guide))
+        weighed = method(rng_key, param_map, model, guide, *args, **kwargs)
+        if isinstance(plain, dict):
+            loss = _with_gradient_of(plain["loss"], weighed["loss"])
+            return plain | {"loss": loss}
+        return _with_gradient_of(plain, weighed)
+
+
+def _with_gradient_of(value: Any, other: Any) -> Any:
+    return other + lax.stop_gradient(value - other)

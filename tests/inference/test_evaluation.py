@@ -1,4 +1,4 @@
-"""The ELBO of each datum, against its closed form."""
+"""The judges, against closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 
-from inference import pointwise_elbo
+from inference import elbo_terms, evaluation, label_check, log_likelihood, pointwise_elbo
+from models import gaussian_mean
 
 X = jnp.linspace(-2, 2, 9)
 
@@ -81,3 +82,196 @@ def test_a_global_site_belongs_to_no_datum():
 
     with pytest.raises(ValueError, match="site 'm': expected it in the plate \"data\""):
         pointwise_elbo(global_model, global_guide, {}, {"x": X}, key=jax.random.key(0))
+
+
+# --- the toy, whose likelihood and posterior are formulas -----------------------------------------
+
+TRUTH = gaussian_mean.Truth(mu_0=0.5, sigma_0=1.2, sigma=0.8)
+OPTIMUM = gaussian_mean.optimum(TRUTH)
+TOY = gaussian_mean.Model(TRUTH.sigma_0), gaussian_mean.Guide(TRUTH.sigma_0)
+DATA = TRUTH.simulate(23, seed=0)
+EXACT = np.asarray(gaussian_mean.log_likelihood(OPTIMUM, TRUTH.sigma_0, DATA["c"], DATA["x"]))
+AWAY = OPTIMUM | {"phi_3": OPTIMUM["phi_3"] + 0.6, "phi_4": OPTIMUM["phi_4"] + 0.5}
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 20, 21, 50])
+@pytest.mark.parametrize("batch_size", [5, 100])
+def test_at_the_optimum_any_number_of_samples_gives_the_exact_log_likelihood(
+    num_samples, batch_size
+):
+    result = log_likelihood(
+        *TOY, OPTIMUM, DATA, key=KEY, num_samples=num_samples, batch_size=batch_size
+    )
+    assert result.num_samples == num_samples
+    np.testing.assert_allclose(result.pointwise, EXACT, atol=1e-5)
+    np.testing.assert_allclose(result.monte_carlo_variance, 0, atol=1e-6)
+    assert result.estimate == pytest.approx(EXACT.mean(), abs=1e-5)
+    assert result.standard_error == pytest.approx(EXACT.std() / 23**0.5, rel=1e-4)
+
+
+def test_far_in_the_tail_nothing_underflows():
+    far = {"c": DATA["c"], "x": DATA["x"] + 1e4}
+    exact = gaussian_mean.log_likelihood(OPTIMUM, TRUTH.sigma_0, far["c"], far["x"])
+    result = log_likelihood(*TOY, OPTIMUM, far, key=KEY, num_samples=30)
+    assert exact.max() < -1e7
+    np.testing.assert_allclose(result.pointwise, exact, rtol=1e-5)
+
+
+def test_away_from_the_optimum_the_estimate_rises_to_the_exact_one():
+    repeated = {name: np.tile(array, 200) for name, array in DATA.items()}
+    gaps = []
+    for num_samples in (1, 10, 100):
+        result = log_likelihood(
+            *TOY, AWAY, repeated, key=KEY, num_samples=num_samples, batch_size=1000
+        )
+        gap = result.pointwise - np.tile(EXACT, 200)
+        error = gap.std() / len(gap) ** 0.5
+        assert gap.mean() < 4.5 * error
+        ratio = np.exp(gap)  # of the estimate to p(x | c): unbiased
+        assert abs(ratio.mean() - 1) < 4.5 * ratio.std() / len(ratio) ** 0.5
+        gaps.append(gap.mean())
+    assert gaps[0] < 5 * gaps[1] < 25 * gaps[2] < 0
+    elbo = elbo_terms(*TOY, AWAY, repeated, key=KEY).elbo
+    spread = np.hypot(elbo.pointwise.std(), gap.std()) / len(gap) ** 0.5
+    assert abs(elbo.estimate - EXACT.mean() - gaps[0]) < 4.5 * spread  # one sample: the ELBO
+
+
+def test_the_monte_carlo_error_is_the_deviation_between_repetitions():
+    repeated = {name: np.repeat(array, 500) for name, array in DATA.items()}
+    result = log_likelihood(*TOY, AWAY, repeated, key=KEY, num_samples=200, batch_size=2000)
+    deviation = result.pointwise.reshape(23, 500).std(1)
+    claimed = np.sqrt(result.monte_carlo_variance.reshape(23, 500).mean(1))
+    # a deviation from 500 draws is good to sqrt(1 / 1000); the claim is to first order in 1 / 200
+    np.testing.assert_allclose(deviation, claimed, rtol=5 * 1000**-0.5)
+    error = result.monte_carlo_error
+    assert error == pytest.approx(np.sqrt((claimed**2).mean() / len(result.pointwise)), rel=1e-4)
+
+
+def test_memory_does_not_grow_with_the_samples():
+    arrays = {name: jnp.asarray(array) for name, array in DATA.items()}
+    draw = evaluation._log_weight(*TOY, AWAY, arrays)
+
+    def needed(num_samples):
+        sampler = jax.jit(lambda key: evaluation._importance_sample(draw, key, num_samples))
+        return sampler.lower(KEY).compile().memory_analysis().temp_size_in_bytes
+
+    assert needed(100_000) == needed(100) < 100 * needed(1)
+
+
+@pytest.mark.parametrize("judge", [elbo_terms, log_likelihood])
+def test_one_program_is_traced_for_all_batches(judge):
+    def count(batch_size):
+        calls = 0
+
+        def counted(c, x=None):
+            nonlocal calls
+            calls += 1
+            TOY[0](c, x)
+
+        judge(counted, TOY[1], AWAY, DATA, key=KEY, num_samples=3, batch_size=batch_size)
+        return calls
+
+    assert count(4) == count(23)
+
+
+@pytest.mark.parametrize("name", ["num_samples", "batch_size"])
+@pytest.mark.parametrize("judge", [elbo_terms, log_likelihood])
+def test_none_of_something_is_refused(judge, name):
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        judge(*TOY, AWAY, DATA, key=KEY, **{name: 0})
+
+
+# --- the terms of the ELBO ------------------------------------------------------------------------
+
+
+def test_divergence_is_exact_and_the_elbo_is_the_difference():
+    terms = elbo_terms(model, guide, {"weight": 0.2}, {"x": X}, key=KEY, batch_size=4)
+    per_dim = 0.5 * (0.25 + (0.2 * np.asarray(X)) ** 2 - 1 - np.log(0.25))
+    np.testing.assert_allclose(terms.kl_per_dim["z"], np.stack([per_dim] * 2, 1), rtol=1e-5)
+    np.testing.assert_allclose(terms.kl.pointwise, 2 * per_dim, rtol=1e-5)
+    np.testing.assert_allclose(terms.z_loc["z"], 0.2 * np.stack([X, X], 1), rtol=1e-6)
+    np.testing.assert_allclose(
+        terms.elbo.pointwise, terms.reconstruction.pointwise - terms.kl.pointwise, rtol=1e-6
+    )
+
+
+def test_terms_add_up_to_the_closed_form():
+    repeated = jnp.tile(X, 500)
+    terms = elbo_terms(model, guide, {"weight": 0.2}, {"x": repeated}, key=KEY, num_samples=4)
+    values = terms.elbo.pointwise.reshape(500, 9)
+    error = values.std(0) / 500**0.5
+    assert (abs(values.mean(0) - exact(0.2)) < 4.5 * error).all()
+
+
+def test_where_there_is_no_formula_the_divergence_is_sampled():
+    def flat_guide(x):
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.StudentT(8.0, jnp.zeros((len(x), 2)), 0.9).to_event(1))
+
+    zeros = {"x": jnp.zeros(20_000)}
+    terms = elbo_terms(model, flat_guide, {}, zeros, key=KEY, batch_size=5_000)
+    grid = np.linspace(-40, 40, 200_001)
+    log_q = np.asarray(dist.StudentT(8.0, 0.0, 0.9).log_prob(grid), np.float64)
+    log_p = -0.5 * grid**2 - 0.5 * np.log(2 * np.pi)
+    kl = 2 * np.trapezoid(np.exp(log_q) * (log_q - log_p), grid)
+    assert terms.kl_per_dim == {}
+    assert abs(terms.kl.estimate - kl) < 4.5 * terms.kl.standard_error
+
+
+def test_two_latent_sites_are_sampled_since_one_may_depend_on_the_other():
+    def chain(x):
+        with numpyro.plate("data", len(x)):
+            a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+            b = numpyro.sample("b", dist.Normal(a, 1.0))
+            numpyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def backwards(x):
+        with numpyro.plate("data", len(x)):
+            b = numpyro.sample("b", dist.Normal(0.0, 2**0.5))
+            numpyro.sample("a", dist.Normal(b / 2, 0.5**0.5))
+
+    terms = elbo_terms(chain, backwards, {}, {"x": X}, key=KEY)
+    np.testing.assert_allclose(terms.kl.pointwise, 0, atol=1e-5)  # q is the prior, read backwards
+
+
+def test_active_units_are_those_whose_mean_follows_the_data():
+    def half_guide(x):
+        with numpyro.plate("data", len(x)):
+            loc = jnp.stack([x, 0.05 * x], axis=-1)
+            numpyro.sample("z", dist.Normal(loc, 0.5).to_event(1))
+
+    terms = elbo_terms(model, half_guide, {}, {"x": X}, key=KEY)
+    assert terms.active["z"].tolist() == [True, False]
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def test_label_check_against_bayes_rule():
+    rng = np.random.default_rng(3)
+    c = rng.integers(3, size=400)
+    x = rng.normal(OPTIMUM["theta_1"] + OPTIMUM["theta_2"] * c, TRUTH.marginal_variance**0.5)
+    data = {"c": c.astype(np.float32), "x": x.astype(np.float32)}
+    check = label_check(*TOY, OPTIMUM, data, 3, key=KEY, num_samples=2, batch_size=150)
+    exact = np.stack(
+        [
+            gaussian_mean.log_likelihood(
+                OPTIMUM, TRUTH.sigma_0, np.full(400, k, np.float32), data["x"]
+            )
+            for k in range(3)
+        ],
+        axis=1,
+    )
+    np.testing.assert_allclose(check.log_likelihood, exact, atol=2e-5)
+    assert check.accuracy.estimate == pytest.approx((exact.argmax(1) == c).mean())
+    mixture = np.log(np.exp(exact).mean(1))
+    expected = exact[np.arange(400), c] - mixture
+    np.testing.assert_allclose(check.information.pointwise, expected, atol=2e-5)
+    assert check.information.pointwise.max() <= np.log(3) + 1e-9
+    assert check.information.estimate > 5 * check.information.standard_error
+
+
+def test_label_check_needs_labels():
+    with pytest.raises(ValueError, match='expected labels as "c"'):
+        label_check(model, guide, {"weight": 0.2}, {"x": X}, 3, key=KEY)

@@ -1,0 +1,52 @@
+"""Guides for the models of images: made from a model in one call, and swapped in one line.
+
+    guide = mean_field(model)
+
+Each docstring states the factorisation. A guide is a NumPyro program with the model's arguments,
+``guide(x)`` or ``guide(c, x)``.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+
+from models.networks import Encoder, check_images, network
+
+
+@dataclass(frozen=True)
+class MeanField:
+    """q(z | x, c) = prod_i Normal(z_i; z_loc_i(x, c), z_scale_i(x, c)^2).
+
+    Attributes:
+        model: a ``models.vae.Model`` or a ``models.cvae.Model``.
+        hidden: units of the encoder's hidden layers, from x to z.
+    """
+
+    model: Any
+    hidden: tuple[int, ...]
+
+    def __post_init__(self):
+        if any(size < 1 for size in self.hidden):
+            raise ValueError(f"hidden: expected positive sizes, got {self.hidden}")
+
+    def __call__(self, x: Float[Array, "N ..."], c: Array | None = None) -> None:
+        """Samples z given x, and c where the model has a condition."""
+        check_images(x, self.model.x_shape)
+        encoder = network("encoder", lambda rngs: Encoder(self.model, self.hidden, rngs=rngs))
+        z_loc, z_scale = encoder(x, c)
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Normal(z_loc, z_scale).to_event(1))
+
+
+def mean_field(model: Any, hidden: tuple[int, ...] | None = None) -> MeanField:
+    """The guide that is independent in every dimension of z, by one encoder for all data.
+
+    Args:
+        model: a ``models.vae.Model`` or a ``models.cvae.Model``.
+        hidden: units of the encoder's hidden layers, from x to z; the decoder's in reverse
+            unless given.
+    """
+    return MeanField(model, model.hidden[::-1] if hidden is None else hidden)

@@ -1,0 +1,145 @@
+"""The weight of the divergence: the value stays the ELBO, the gradient is that of the weighted one.
+
+The scale of an objective is tested with the engine that uses it, in test_engine.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+
+from inference import KLWarmUp, KLWeighted, fit
+
+X = np.linspace(-2, 2, 12).astype(np.float32)
+PARAMS = {"prior_loc": 0.3, "slope": 1.2, "loc": 0.4, "scale": 0.7}
+KEY = jax.random.key(0)
+
+
+def model(x):
+    prior_loc, slope = numpyro.param("prior_loc", 0.3), numpyro.param("slope", 1.2)
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(prior_loc, 1.0))
+        numpyro.sample("x", dist.Normal(slope * z, 1.0), obs=x)
+
+
+def guide(x):
+    loc = numpyro.param("loc", 0.4)
+    scale = numpyro.param("scale", 0.7, constraint=dist.constraints.positive)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("z", dist.Normal(loc * x, scale))
+
+
+def value_and_grad(objective):
+    def loss(params):
+        return objective.loss(KEY, params, model, guide, x=X)
+
+    return jax.tree.map(float, jax.value_and_grad(loss)(PARAMS))
+
+
+def reconstruction_gradient():
+    """Of -E_q log p(x | z), whose expectation is a formula."""
+
+    def loss(p):
+        error = (X - p["slope"] * p["loc"] * X) ** 2 + (p["slope"] * p["scale"]) ** 2
+        return 0.5 * jnp.sum(error)
+
+    return jax.grad(loss)(PARAMS)
+
+
+@pytest.mark.parametrize("objective", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_the_value_is_the_elbo_and_the_gradient_is_weighted(objective, weight):
+    objective = objective(num_particles=2)
+    plain, plain_gradient = value_and_grad(objective)
+    value, gradient = value_and_grad(KLWeighted(objective, weight))
+    _, without = value_and_grad(KLWeighted(objective, 0.0))
+    assert value == pytest.approx(plain, rel=1e-6)
+    assert abs(without["prior_loc"]) < 1e-6 < abs(plain_gradient["prior_loc"])
+    for name in PARAMS:
+        expected = (1 - weight) * without[name] + weight * plain_gradient[name]
+        assert gradient[name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
+
+
+def test_without_the_divergence_the_gradient_is_the_reconstructions():
+    objective = KLWeighted(Trace_ELBO(), 0.0)
+
+    def gradient(key):
+        return jax.grad(lambda p: objective.loss(key, p, model, guide, x=X))(PARAMS)
+
+    draws = jax.jit(jax.vmap(gradient))(jax.random.split(KEY, 20_000))
+    expected = reconstruction_gradient()
+    for name in ("slope", "loc", "scale"):
+        error = draws[name].std() / 20_000**0.5
+        assert abs(draws[name].mean() - expected[name]) < 4.5 * error, name
+
+
+def test_plain_svi_takes_it():
+    svi = SVI(model, guide, optax.adam(1e-2), KLWeighted(Trace_ELBO(), 0.5))
+    state = svi.init(KEY, x=X)
+    for _ in range(2):
+        state, loss = svi.update(state, x=X)
+    assert np.isfinite(loss)
+
+
+def run(objective, **settings):
+    return fit(
+        model,
+        guide,
+        {"x": X},
+        objective=objective,
+        **{"progress": False, "num_steps": 8} | settings,
+    )
+
+
+def test_the_weight_rises_over_the_warm_up_and_then_stays():
+    warm_up = KLWarmUp(Trace_ELBO(), 4, start=0.2)
+    weights = [float(warm_up.weight(step)) for step in range(7)]
+    np.testing.assert_allclose(weights, [0.2, 0.4, 0.6, 0.8, 1, 1, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_fit_starts_with_the_first_weight_and_ends_with_the_elbo(num_seeds):
+    sgd = optax.sgd(1e-3)
+    cold = run(KLWarmUp(Trace_ELBO(), 1), num_steps=1, optimizer=sgd, num_seeds=num_seeds)
+    np.testing.assert_allclose(cold.params["prior_loc"], 0.3, atol=1e-7)  # only the prior has it
+    assert (abs(cold.params["slope"] - 1.2) > 1e-6).all()
+    settings = {"optimizer": sgd, "num_seeds": num_seeds}
+    second = run(KLWarmUp(Trace_ELBO(), 1), num_steps=2, **settings)
+    assert (abs(second.params["prior_loc"] - 0.3) > 1e-6).all()
+
+    full = run(KLWarmUp(Trace_ELBO(), 8, start=1.0), **settings)
+    plain = run(Trace_ELBO(), **settings)
+    for name in PARAMS:
+        np.testing.assert_allclose(full.params[name], plain.params[name], rtol=1e-5)
+    np.testing.assert_allclose(full.elbo, plain.elbo, rtol=1e-5)
+
+
+def test_the_trace_and_the_held_out_elbo_are_elbos_during_the_warm_up():
+    still = optax.sgd(0.0)
+    held_out = {"validation": {"x": X + 1}, "validate_every": 2, "optimizer": still}
+    warm, plain = run(KLWarmUp(Trace_ELBO(), 8), **held_out), run(Trace_ELBO(), **held_out)
+    np.testing.assert_allclose(warm.elbo, plain.elbo, rtol=1e-6)
+    np.testing.assert_allclose(warm.validation_elbo, plain.validation_elbo, rtol=1e-6)
+
+
+def test_a_warm_up_longer_than_the_training_is_refused():
+    with pytest.raises(ValueError, match=r"warm-up within the training's 8 steps, got one of 9"):
+        run(KLWarmUp(Trace_ELBO(), 9))
+    run(KLWarmUp(Trace_ELBO(), 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((Trace_ELBO(), 0), ValueError, "num_steps: expected at least 1, got 0"),
+        ((Trace_ELBO(), 5, 1.5), ValueError, "start: expected a weight from 0 to 1, got 1.5"),
+        ((RenyiELBO(), 5), TypeError, "expected Trace_ELBO .* got RenyiELBO"),
+    ],
+)
+def test_what_makes_no_warm_up_is_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        KLWarmUp(*arguments)
