@@ -6,6 +6,7 @@ the scale of x, and never the decoder's raw outputs.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -47,13 +48,9 @@ def encode(
         c: (N, ...), the conditions, where the guide has them.
         key: a random key.
     """
-
-    def one(key: Array, **data: Array) -> Array:
-        z = _run(guide, params, key, data)["z"]
-        return z["value"][0] if draws else z["fn"].mean[0]
-
-    draws = key is not None
-    return _by_datum(one, guide, key if draws else random.key(0), x=x, c=c)
+    if key is None:
+        return _by_datum(_mean_of_z, guide, params, random.key(0), x=x, c=c)
+    return _by_datum(_draw_of_z, guide, params, key, x=x, c=c)
 
 
 def decode(
@@ -67,11 +64,7 @@ def decode(
         z: (N, dimensions).
         c: (N, ...), the conditions, where the model has them.
     """
-
-    def one(key: Array, z: Array, **data: Array) -> Array:
-        return _run(condition(model, {"z": z[None]}), params, key, data)["x"]["fn"].mean[0]
-
-    return _by_datum(one, model, random.key(0), z=z, c=c)
+    return _by_datum(_mean_of_x, model, params, random.key(0), z=z, c=c)
 
 
 def reconstruct(
@@ -103,14 +96,9 @@ def sample(
     if num_samples < 1:
         raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
 
-    def one(key: Array, **data: Array) -> Sample:
-        sites = _run(model, params, key, data)
-        z, x = sites["z"], sites["x"]
-        return Sample(z["value"][0], x["value"][0], x["fn"].mean[0])
-
     if c is None:
-        return jax.vmap(one)(random.split(key, num_samples))
-    return _by_datum(one, model, key, c=jnp.repeat(jnp.asarray(c), num_samples, axis=0))
+        return _vmapped(_draw, model, dict(params), random.split(key, num_samples), {})
+    return _by_datum(_draw, model, params, key, c=jnp.repeat(jnp.asarray(c), num_samples, axis=0))
 
 
 def interpolate(
@@ -163,16 +151,37 @@ def _repeat(c: Any, times: int) -> Array | None:
     return None if c is None else jnp.repeat(jnp.asarray(c)[None], times, axis=0)
 
 
-def _run(
-    program: Program, params: Params, key: Array, datum: Mapping[str, Array]
-) -> dict[str, Any]:
+# --- one datum, and all of them -------------------------------------------------------------------
+
+
+def _run(program: Program, params: Params, key: Array, datum: Mapping[str, Array]) -> Any:
     """The sites of the program at one datum, each with a data axis of length 1."""
     data = {name: array[None] for name, array in datum.items()}
     return trace(seed(substitute(program, dict(params)), key)).get_trace(**data)
 
 
-def _by_datum(one: Callable[..., Any], program: Program, key: Array, **arrays: Any) -> Any:
-    """``one(key, **datum)`` on every datum, each with a key of its own."""
+def _mean_of_z(guide: Program, params: Params, key: Array, **datum: Array) -> Array:
+    return _run(guide, params, key, datum)["z"]["fn"].mean[0]
+
+
+def _draw_of_z(guide: Program, params: Params, key: Array, **datum: Array) -> Array:
+    return _run(guide, params, key, datum)["z"]["value"][0]
+
+
+def _mean_of_x(model: Program, params: Params, key: Array, z: Array, **datum: Array) -> Array:
+    return _run(condition(model, {"z": z[None]}), params, key, datum)["x"]["fn"].mean[0]
+
+
+def _draw(model: Program, params: Params, key: Array, **datum: Array) -> Sample:
+    sites = _run(model, params, key, datum)
+    z, x = sites["z"], sites["x"]
+    return Sample(z["value"][0], x["value"][0], x["fn"].mean[0])
+
+
+def _by_datum(
+    one: Callable[..., Any], program: Program, params: Params, key: Array, **arrays: Any
+) -> Any:
+    """``one(program, params, key, **datum)`` on every datum, each with a key of its own."""
     arrays = {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) != 1:
@@ -180,4 +189,11 @@ def _by_datum(one: Callable[..., Any], program: Program, key: Array, **arrays: A
     if "c" in arrays:
         check_values([program], {"c": arrays["c"]})
     keys = random.split(key, *set(lengths.values()))
-    return jax.vmap(lambda key, datum: one(key, **datum))(keys, arrays)
+    return _vmapped(one, program, dict(params), keys, arrays)
+
+
+@partial(jax.jit, static_argnames=("one", "program"))
+def _vmapped(
+    one: Callable[..., Any], program: Program, params: Any, keys: Array, arrays: dict[str, Array]
+) -> Any:
+    return jax.vmap(lambda key, datum: one(program, params, key, **datum))(keys, arrays)

@@ -7,7 +7,7 @@ c into (N, ``num_features``) numbers, and ``check(c)`` refuses conditions that i
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Num
 
 
+@runtime_checkable
 class Condition(Protocol):
     """What ``models.cvae`` asks of a condition."""
 
@@ -82,11 +83,9 @@ class Labels:
 class _LabelFeatures(nnx.Module):
     def __init__(self, labels: Labels, *, rngs: nnx.Rngs):
         self.num_classes = labels.num_classes
-        self.embed = None
-        if labels.num_embedded:
-            self.embed = nnx.Linear(
-                labels.num_classes, labels.num_embedded, use_bias=False, rngs=rngs
-            )
+        num_in, num_out = labels.num_classes, labels.num_features
+        embed = nnx.Linear(num_in, num_out, use_bias=False, rngs=rngs)
+        self.embed = embed if labels.num_embedded else None
 
     def __call__(self, c: Int[Array, " N"]) -> Float[Array, "N n"]:
         """NaN where a label is outside the classes, which no loss survives unnoticed."""

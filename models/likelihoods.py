@@ -24,7 +24,7 @@ of dequantisation, 1/256 wide, and the floor of the standard deviation keep it f
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ NUM_LEVELS = 256
 SCALE_FLOOR = 1 / NUM_LEVELS  # of a pixel's standard deviation: one grey level on [0, 1]
 
 
+@runtime_checkable
 class Likelihood(Protocol):
     """What a model asks of a likelihood."""
 

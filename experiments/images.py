@@ -1,0 +1,426 @@
+"""What the experiments on images share: settings, training, judging, the table, the run directory.
+
+An experiment adds its model, its preset table and its pictures: ``experiments/mnist_vae.py``.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import random
+from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from tabulate import tabulate
+
+from experiments.datasets import Dataset, load
+from experiments.runs import Run, import_ahead
+from inference import (
+    Estimate,
+    Fit,
+    KLWarmUp,
+    elbo_terms,
+    encode,
+    fit,
+    log_likelihood,
+    to_datatree,
+)
+from models import guides
+from models.likelihoods import LIKELIHOODS
+
+TEST_SEED = 20_150_901  # held-out images are binarised once, the same for every run and seed
+
+ACTIVATIONS: dict[str, Callable] = {
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "softplus": jax.nn.softplus,
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,
+}
+OBJECTIVES = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
+
+
+def burda_schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
+    """3^i shares of the run at learning_rate * 10^(-i/7), i = 0..7 (Burda et al. 2016, section 5).
+
+    Args:
+        learning_rate: the first share's; 1e-3 in the paper.
+        num_steps: all shares together; 3280 passes over the data in the paper.
+    """
+    ends = [round(num_steps * (3**i - 1) / 2 / 3280) for i in range(1, 8)]
+    rates = [learning_rate * 10 ** (-i / 7) for i in range(8)]
+    return optax.join_schedules([optax.constant_schedule(rate) for rate in rates], ends)
+
+
+SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
+    "constant": lambda rate, num_steps: optax.constant_schedule(rate),
+    "cosine": optax.cosine_decay_schedule,
+    "burda": burda_schedule,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of an experiment on images.
+
+    Attributes:
+        dataset: mnist, digits, the path of a user's own .npz or .npy, or auto for MNIST where it
+            can be had and digits elsewhere.
+        data_dir: directory with the data set's files, compressed or not, to read offline.
+        num_validation: images held out of the training; the data set's usual number unless given.
+        num_train: the first so many of the training images; all unless given.
+        num_test: the first so many of the test images; all unless given.
+        preset: the model to start from, by name; the settings from hidden to likelihood change it.
+        hidden: units of the decoder's hidden layers, from z to x.
+        encoder_hidden: units of the encoder's, from x to z; the decoder's reversed unless given.
+        num_latents: dimensions of z.
+        activation: relu, tanh, sigmoid, softplus, silu or gelu.
+        likelihood: bernoulli, gaussian, gaussian-one-scale, gaussian-identity or
+            discretized-logistic.
+        dtype: in which the networks compute, float32 or bfloat16.
+        objective: Trace_ELBO or TraceMeanField_ELBO.
+        num_epochs: passes over the training images.
+        batch_size: images per step; 128, or all there are if fewer, unless given.
+        learning_rate: Adam's, at the first step.
+        schedule: constant, cosine (to zero) or burda (eight falling rates).
+        clip_norm: the greatest norm of a gradient; not clipped unless given.
+        kl_warm_up: epochs over which the weight of the KL divergence rises from 0 to 1.
+        average: fraction of the run, at its end, over which parameters are averaged.
+        patience: stop after so many epochs without a better held-out ELBO, and keep the best.
+        num_samples: importance samples per test image.
+        num_seeds: restarts trained together.
+        seed: of the first restart.
+        out: directory of the run; a fresh one under runs/ unless given.
+        progress: whether to show progress bars.
+    """
+
+    dataset: str = "auto"
+    data_dir: Path | None = None
+    num_validation: int | None = None
+    num_train: int | None = None
+    num_test: int | None = None
+    preset: str = "numpyro"
+    hidden: tuple[int, ...] | None = None
+    encoder_hidden: tuple[int, ...] | None = None
+    num_latents: int | None = None
+    activation: str | None = None
+    likelihood: str | None = None
+    dtype: str = "float32"
+    objective: str = "Trace_ELBO"
+    num_epochs: int = 50
+    batch_size: int | None = None
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    clip_norm: float | None = None
+    kl_warm_up: float = 0.0
+    average: float = 0.0
+    patience: int | None = None
+    num_samples: int = 1000
+    num_seeds: int = 1
+    seed: int = 0
+    out: Path | None = None
+    progress: bool = True
+
+    presets: ClassVar[Mapping[str, Any]] = {}
+
+    def __post_init__(self):
+        for name, table in (
+            ("preset", self.presets),
+            ("activation", ACTIVATIONS),
+            ("likelihood", LIKELIHOODS),
+            ("objective", OBJECTIVES),
+            ("schedule", SCHEDULES),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in table:
+                raise ValueError(f"{name}: expected one of {', '.join(table)}, got {value!r}")
+        for name in (
+            *("num_train", "num_test", "num_latents", "num_epochs", "batch_size"),
+            *("patience", "num_samples", "num_seeds"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not 0 <= self.kl_warm_up <= self.num_epochs:
+            raise ValueError(
+                f"kl_warm_up: expected 0 to num_epochs = {self.num_epochs}, got {self.kl_warm_up}; "
+                f"a longer one would never train the ELBO itself"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {self.seed}")
+
+    def data(self, *, labels: bool) -> Dataset:
+        """Grey images, split into training, validation and test, with or without their labels."""
+        dataset = load(
+            self.dataset,
+            data_dir=self.data_dir,
+            num_validation=self.num_validation,
+            progress=self.progress,
+        )
+        if labels and dataset.num_classes is None:
+            raise ValueError(
+                f"dataset: expected labels, and {dataset.name} has none; add them to the file as "
+                f"c, or train a model without conditions"
+            )
+        names = ("x", "c") if labels else ("x",)
+
+        def first(arrays: dict[str, np.ndarray], count: int | None) -> dict[str, np.ndarray]:
+            return {name: arrays[name][:count] for name in names}
+
+        return replace(
+            dataset,
+            train=first(dataset.train, self.num_train),
+            validation=dataset.validation and first(dataset.validation, None),
+            test=first(dataset.test, self.num_test),
+        )
+
+    def model(self, dataset: Dataset, **others: Any) -> Any:
+        """The preset, with the settings that were given."""
+        changes = {name: getattr(self, name) for name in ("hidden", "num_latents", "dtype")}
+        changes["activation"] = ACTIVATIONS.get(self.activation or "")
+        changes["likelihood"] = LIKELIHOODS.get(self.likelihood or "")
+        changes = {name: value for name, value in changes.items() if value is not None}
+        return replace(self.presets[self.preset], x_shape=dataset.x_shape, **changes, **others)
+
+    def guide(self, model: Any) -> Any:
+        """The guide of the model."""
+        return guides.mean_field(model, self.encoder_hidden)
+
+
+def held_out(model: Any, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array | np.ndarray]:
+    """Images made ready once, with a fixed seed: the same data for every run."""
+    x = jax.jit(model.likelihood.prepare)(random.key(TEST_SEED), arrays["x"])
+    return arrays | {"x": x}
+
+
+def train(
+    config: Config, model: Any, guide: Any, dataset: Dataset, checkpoint: Path | None = None
+) -> Fit:
+    """Fits model and guide, every step on freshly prepared images."""
+    num_train = len(dataset.train["x"])
+    batch_size = config.batch_size or min(128, num_train)
+    num_steps = -(-config.num_epochs * num_train // batch_size)
+    optimizer = optax.adam(SCHEDULES[config.schedule](config.learning_rate, num_steps))
+    if config.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    objective = OBJECTIVES[config.objective]()
+    if config.kl_warm_up:
+        warm_up = max(1, int(config.kl_warm_up * num_train / batch_size))
+        objective = KLWarmUp(objective, warm_up)
+
+    def preprocess(key: jax.Array, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(batch, x=model.likelihood.prepare(key, batch["x"]))
+
+    return fit(
+        model,
+        guide,
+        dataset.train,
+        objective=objective,
+        optimizer=optimizer,
+        num_epochs=config.num_epochs,
+        batch_size=batch_size,
+        preprocess=preprocess,
+        num_seeds=config.num_seeds,
+        seed=config.seed,
+        average=config.average,
+        validation=dataset.validation and held_out(model, dataset.validation),
+        validate_every=max(1, num_train // batch_size) if dataset.validation else None,
+        patience=config.patience,
+        checkpoint=checkpoint,
+        progress=config.progress,
+    )
+
+
+def of_seed(params: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The parameters of one seed."""
+    return jax.tree.map(lambda p: p[i], dict(params))
+
+
+def judge(
+    config: Config, model: Any, guide: Any, params: Mapping[str, Any], test: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Every seed's terms of the ELBO and log-likelihood on the test images, pointwise."""
+    key = random.fold_in(random.key(TEST_SEED), config.seed)
+    judged = {"terms": [], "log_likelihood": [], "z": []}
+    for i in range(config.num_seeds):
+        seed_params = of_seed(params, i)
+        common = (model, guide, seed_params, test)
+        judged["terms"].append(elbo_terms(*common, key=key, num_samples=10))
+        judged["log_likelihood"].append(
+            log_likelihood(
+                *common, key=key, num_samples=config.num_samples, progress=config.progress
+            )
+        )
+        judged["z"].append(encode(guide, seed_params, test["x"], test.get("c"), key=key))
+    return judged
+
+
+def estimate(per_seed: list[Estimate]) -> dict[str, Any]:
+    """A quantity as ``result.json`` has it: the mean over seeds and test images."""
+    values = np.mean([e.pointwise for e in per_seed], axis=0, dtype=np.float64)
+    summary = {
+        "estimate": float(values.mean()),
+        "standard_error": float(values.std() / np.sqrt(len(values))),
+        "num_samples": per_seed[0].num_samples,
+    }
+    if len(per_seed) > 1:
+        summary["per_seed"] = [e.estimate for e in per_seed]
+    errors = [e.monte_carlo_error for e in per_seed]
+    if np.isfinite(errors).all():
+        summary["monte_carlo_error"] = float(np.sqrt(np.sum(np.square(errors))) / len(errors))
+    return summary
+
+
+def summarize(
+    name: str, config: Config, model: Any, fitted: Fit, judged: dict[str, Any], dataset: Dataset
+) -> dict[str, Any]:
+    """The numbers of ``result.json``."""
+    terms = judged["terms"]
+    test = {
+        part: estimate([getattr(t, part) for t in terms])
+        for part in ("elbo", "reconstruction", "kl")
+    }
+    test["log_likelihood"] = estimate(judged["log_likelihood"])
+    num_dims = int(np.prod(model.x_shape))
+    test["bits_per_dim"] = {
+        "estimate": float(
+            model.likelihood.bits_per_dim(test["log_likelihood"]["estimate"], num_dims)
+        ),
+        "standard_error": test["log_likelihood"]["standard_error"] / (num_dims * np.log(2)),
+    }
+    per_dim = np.stack([t.kl_per_dim["z"] for t in terms]).mean(0)
+    active = [int(t.active["z"].sum()) for t in terms]
+    settings = json.loads(json.dumps(asdict(config), default=str))
+    leaves = jax.tree.leaves(fitted.params)
+    return {
+        "experiment": name,
+        "config": settings,
+        "dataset": dataset.name,
+        "num_data": {
+            split: len(arrays["x"])
+            for split in ("train", "validation", "test")
+            if (arrays := getattr(dataset, split)) is not None
+        },
+        "num_parameters": sum(p.size for p in leaves) // config.num_seeds,
+        "num_latents": model.num_latents,
+        "test": test,
+        "active_units": active[0] if len(active) == 1 else float(np.mean(active)),
+        "kl_per_dim": {
+            "estimate": per_dim.mean(0).tolist(),
+            "standard_error": (per_dim.std(0) / np.sqrt(len(per_dim))).tolist(),
+        },
+        "num_steps": fitted.info["num_steps"],
+        "seconds": {key: fitted.info["seconds"][key] for key in ("compile", "run")},
+        "device": fitted.info["device"],
+        "versions": fitted.info["versions"],
+    }
+
+
+def table(result: dict[str, Any], published: tuple[float, str] | None) -> str:
+    """The result as a person reads it, the published number beside it."""
+    test, seconds, num_data = result["test"], result["seconds"], result["num_data"]
+    rows = [
+        (name.replace("_", " "), test[name], 3, "")
+        for name in ("elbo", "reconstruction", "kl", "log_likelihood")
+    ]
+    if published:
+        rows[-1] = (*rows[-1][:3], f"{published[0]:.2f}")
+    rows.append(("bits per dimension", test["bits_per_dim"], 4, ""))
+    if "labels" in result:
+        greatest = f"at most {result['labels']['greatest_information']:.3f}"
+        rows.append(("label's information", result["labels"]["information"], 3, greatest))
+        rows.append(("accuracy of argmax p(x | c)", result["labels"]["accuracy"], 4, ""))
+    body = tabulate(
+        [
+            (name, f"{v['estimate']:.{digits}f}", f"{v['standard_error']:.{digits}f}", note)
+            for name, v, digits, note in rows
+        ],
+        ("test set, nats per image", "estimate", "standard error", "target"),
+        disable_numparse=True,
+        colalign=("left", *["right"] * 3),
+    )
+    likelihood = test["log_likelihood"]
+    return (
+        f"\n{result['dataset']}: {num_data['train']} training and {num_data['test']} test images; "
+        f"{result['num_parameters']} parameters\n\n{body}\n\n"
+        f"log likelihood: {likelihood['num_samples']} importance samples per image, Monte Carlo "
+        f"error {likelihood['monte_carlo_error']:.3f}"
+        + (f"; target: {published[1]}" if published else "")
+        + f"\nactive units: {result['active_units']} of {result['num_latents']}\n"
+        f"{result['device']}: compiling {seconds['compile']:.1f} s, training "
+        f"{seconds['run']:.1f} s, judging {seconds['evaluate']:.1f} s, in all "
+        f"{seconds['total']:.1f} s\n"
+    )
+
+
+def run(
+    name: str,
+    config: Config,
+    dataset: Dataset,
+    model: Any,
+    *,
+    draw: Callable[..., None],
+    more: Callable[..., dict[str, Any]] | None = None,
+    published: tuple[float, str] | None = None,
+) -> dict[str, Any]:
+    """Trains, judges, draws and writes; or reads what the same command wrote before.
+
+    Args:
+        name: the experiment's.
+        config, dataset, model: what to train on what.
+        draw: (result, model, guide, fitted, test data, directory), draws the figures.
+        more: (model, guide, parameters of the first seed, test data), further entries of the
+            result.
+        published: a log-likelihood and where it stands.
+    """
+    began = time.perf_counter()
+    directory = Run(name, config)
+    result = directory.read("result.json")
+    if result is None:
+        import_ahead("orbax.checkpoint", "matplotlib.backends.backend_agg", "arviz_base")
+        guide = config.guide(model)
+        fitted = train(config, model, guide, dataset, directory.path / "checkpoints")
+        judging = time.perf_counter()
+        test = held_out(model, dataset.test)
+        judged = judge(config, model, guide, fitted.params, test)
+        result = summarize(name, config, model, fitted, judged, dataset)
+        if more is not None:
+            result |= more(model, guide, of_seed(fitted.params, 0), test)
+        result["seconds"]["evaluate"] = time.perf_counter() - judging
+        draw(result, model, guide, fitted, test, directory.path)
+        write_trace(directory.path / "trace.nc", fitted, judged, test, result)
+        result["seconds"]["total"] = time.perf_counter() - began
+        directory.write("result.json", result)
+    print(table(result, published))
+    print(f"written to {directory.path}")
+    return result
+
+
+def write_trace(
+    path: Path,
+    fitted: Fit,
+    judged: Mapping[str, Any],
+    test: Mapping[str, Any],
+    result: Mapping[str, Any],
+) -> None:
+    """ELBO traces, and of every test image its log-likelihood and a draw of z, for ArviZ."""
+    likelihoods = [e.pointwise for e in judged["log_likelihood"]]
+    tree = to_datatree(
+        fitted,
+        posterior={"z": np.stack([np.asarray(z) for z in judged["z"]])[:, None]},
+        log_likelihood={"x": np.stack(likelihoods)[:, None]},
+        constant_data={"c": test["c"]} if "c" in test else None,
+        dims={"z": ["datum", "latent"], "x": ["datum"], "c": ["datum"]},
+    )
+    tree.attrs |= {"experiment": result["experiment"], "dataset": result["dataset"]}
+    tree.to_netcdf(path, engine="h5netcdf")
