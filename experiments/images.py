@@ -197,10 +197,9 @@ class Config:
         return guides.mean_field(model, self.encoder_hidden)
 
 
-def held_out(model: Any, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array | np.ndarray]:
+def held_out(model: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Images made ready once, with a fixed seed: the same data for every run."""
-    x = jax.jit(model.likelihood.prepare)(random.key(TEST_SEED), arrays["x"])
-    return arrays | {"x": x}
+    return jax.jit(model.prepare)(random.key(TEST_SEED), dict(arrays))
 
 
 def train(
@@ -218,9 +217,6 @@ def train(
         warm_up = max(1, int(config.kl_warm_up * num_train / batch_size))
         objective = KLWarmUp(objective, warm_up)
 
-    def preprocess(key: jax.Array, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(batch, x=model.likelihood.prepare(key, batch["x"]))
-
     return fit(
         model,
         guide,
@@ -229,7 +225,7 @@ def train(
         optimizer=optimizer,
         num_epochs=config.num_epochs,
         batch_size=batch_size,
-        preprocess=preprocess,
+        preprocess=model.prepare,
         num_seeds=config.num_seeds,
         seed=config.seed,
         average=config.average,

@@ -33,6 +33,9 @@ def describe_value(value: Any) -> str | None:
         return None
     if not dataclasses.is_dataclass(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (f"{f.name}={_short(getattr(value, f.name))}" for f in dataclasses.fields(value))
+        return f"{type(value).__name__}({', '.join(fields)})"
     if type(value).__repr__ is object.__repr__:
         fields = (f"{k}={_short(v)}" for k, v in vars(value).items() if not k.startswith("_"))
         return f"{type(value).__name__}({', '.join(fields)})"
@@ -40,7 +43,7 @@ def describe_value(value: Any) -> str | None:
 
 
 def _short(value: Any) -> str:
-    return value.__qualname__ if hasattr(value, "__qualname__") else repr(value)
+    return value.__qualname__ if hasattr(value, "__qualname__") else str(describe_value(value))
 
 
 def describe_arrays(arrays: Mapping[str, Any] | None, contents: bool) -> dict[str, str] | None:

@@ -80,13 +80,22 @@ class ElboTerms:
     z_loc: dict[str, Float[np.ndarray, "N z"]]
 
     @property
+    def activity(self) -> dict[str, tuple[Float[np.ndarray, " z"], Float[np.ndarray, " z"]]]:
+        """By latent site: the variance over data of z_loc, and its standard error."""
+        moments = {}
+        for name, z_loc in self.z_loc.items():
+            squares = (z_loc - z_loc.mean(0)) ** 2
+            moments[name] = squares.mean(0), squares.std(0) / np.sqrt(len(squares))
+        return moments
+
+    @property
     def active(self) -> dict[str, Bool[np.ndarray, " z"]]:
-        """By latent site: is the variance over data of z_loc above 0.01 (Burda et al. 2016)?
+        """By latent site: is that variance above 0.01 (Burda et al. 2016, section 5)?
 
         A guide that ignores a dimension gives every datum the prior's mean. With a learned prior
         that mean itself depends on the condition: look at ``kl_per_dim`` then.
         """
-        return {name: z_loc.var(0) > 0.01 for name, z_loc in self.z_loc.items()}
+        return {name: variance > 0.01 for name, (variance, _) in self.activity.items()}
 
 
 def pointwise_elbo(

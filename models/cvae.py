@@ -28,6 +28,7 @@ We deviate from the paper, whose prior network and decoder see a baseline's gues
     guide = guides.mean_field(model)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,10 @@ class Model:
 
     def __post_init__(self):
         check_sizes(self)
+
+    def prepare(self, key: Array, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Grey images as the likelihood has them: what ``fit`` takes as ``preprocess``."""
+        return dict(batch, x=self.likelihood.prepare(key, batch["x"]))
 
     def check_data(self, c: Any, x: Any = None) -> None:
         """Raises ValueError where conditions are not what ``condition`` declares."""

@@ -31,7 +31,9 @@ reconstruction minus divergence. Networks are multilayer perceptrons, and the li
     guide = guides.mean_field(model)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,10 @@ class Model:
 
     def __post_init__(self):
         check_sizes(self)
+
+    def prepare(self, key: Array, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Grey images as the likelihood has them: what ``fit`` takes as ``preprocess``."""
+        return dict(batch, x=self.likelihood.prepare(key, batch["x"]))
 
     def __call__(self, x: Float[Array, "N ..."] | None = None) -> None:
         """Samples z and x, and observes x if it is given."""

@@ -41,6 +41,9 @@ GROUPS = PYPROJECT["dependency-groups"]
 # Settings that make an experiment take seconds, by the script's name; they come after the
 # README's own, and the last one counts.
 SMALL = {
+    "mnist_vae": "--dataset digits --num-epochs 1 --num-test 20 --num-samples 5 --no-progress",
+    "mnist_cvae": "--dataset digits --num-epochs 1 --num-test 20 --num-samples 5 --no-progress "
+    "--num-label-samples 2",
     "gaussian_mean": "--num-data 2000 --num-steps 100 --batch-size 100 --num-seeds 2 --no-progress",
 }
 

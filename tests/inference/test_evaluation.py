@@ -243,6 +243,10 @@ def test_active_units_are_those_whose_mean_follows_the_data():
 
     terms = elbo_terms(model, half_guide, {}, {"x": X}, key=KEY)
     assert terms.active["z"].tolist() == [True, False]
+    variance, error = terms.activity["z"]
+    np.testing.assert_allclose(variance, np.var(X) * np.array([1, 0.05**2]), rtol=1e-5)
+    squares = (np.asarray(X) - np.mean(X)) ** 2
+    np.testing.assert_allclose(error[0], squares.std() / 3, rtol=1e-5)
 
 
 # --- labels ---------------------------------------------------------------------------------------

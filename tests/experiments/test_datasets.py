@@ -1,0 +1,1041 @@
+"""The data sets: the right arrays or an error that says what to do, whatever a file holds."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pooch
+import pytest
+
+from experiments import datasets
+from experiments.datasets import DatasetError, load, read_idx
+
+GIVEN = os.environ.get("GUIDEBOOK_DATA")
+TRAIN_X, TRAIN_C, TEST_X, TEST_C = datasets.MNIST
+REMEDY = r"; .+"
+HTML = b"<!DOCTYPE html>\n<html><body>Please sign in</body></html>"
+
+
+def idx(array):
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def header(*lengths):
+    return struct.pack(f">HBB{len(lengths)}I", 0, 8, len(lengths), *lengths)
+
+
+def packed(content):
+    return gzip.compress(content, 6, mtime=0)
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def save(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def npy(array):
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def npy_header(shape, descr="|u1"):
+    stream = io.BytesIO()
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.getvalue()
+
+
+def zipped(path, compression=zipfile.ZIP_DEFLATED, **members):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return path
+
+
+def peak_memory(function):
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def random_images(num, *shape, dtype=np.uint8):
+    return np.random.default_rng(num).integers(0, 256, (num, *shape)).astype(dtype)
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(
+        left[key].dtype == right[key].dtype and np.array_equal(left[key], right[key])
+        for key in left
+    )
+
+
+@pytest.fixture
+def nobody():
+    """A URL where connections are refused."""
+    with socket.socket() as bound:  # but not listening
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_the_users(tmp_path, monkeypatch, nobody):
+    monkeypatch.delenv("GUIDEBOOK_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(datasets, "MIRRORS", (nobody, f"{nobody}too/"))
+    monkeypatch.setattr(datasets, "_half_of_memory", lambda: 10**9)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Four files that count as MNIST, by name."""
+    rng = np.random.default_rng(0)
+    contents = {
+        TRAIN_X: idx(rng.integers(0, 256, (60, 6, 5))),
+        TRAIN_C: idx(np.arange(60) % 10),
+        TEST_X: idx(rng.integers(0, 256, (20, 6, 5))),
+        TEST_C: idx(np.arange(20) % 10),
+    }
+    for name, content in contents.items():
+        monkeypatch.setitem(datasets.MNIST, name, hashlib.sha256(content).hexdigest())
+    return contents
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "caches" / "guidebook" / "mnist"
+
+
+class Mirrors(http.server.ThreadingHTTPServer):
+    """Two mirrors, /one/ and /two/, that count their requests.
+
+    ``answers`` maps a path to the bytes to send, a status, "cut" (fewer bytes than announced) or
+    "silence".
+    """
+
+    def __init__(self, contents):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers = {
+            f"/{mirror}/{name}.gz": packed(content)
+            for mirror in ("one", "two")
+            for name, content in contents.items()
+        }
+        self.requests = []
+        self.closing = threading.Event()
+
+    def urls(self):
+        return tuple(f"http://127.0.0.1:{self.server_port}/{mirror}/" for mirror in ("one", "two"))
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        answer = self.server.answers[self.path]
+        if answer == "silence":
+            self.server.closing.wait(10)
+            return
+        if isinstance(answer, int):
+            self.send_error(answer)
+            return
+        body = b"\x1f\x8b123" if answer == "cut" else answer
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) + (100 if answer == "cut" else 0)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def mirrors(small, monkeypatch):
+    server = Mirrors(small)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setattr(datasets, "MIRRORS", server.urls())
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def load_small(**settings):
+    return load("mnist", num_validation=10, progress=False, **settings)
+
+
+def require_small(loaded, small):
+    """That ``loaded`` is what the files of ``small`` hold."""
+    x = np.frombuffer(small[TRAIN_X], np.uint8, offset=16).reshape(60, 6, 5)
+    x_test = np.frombuffer(small[TEST_X], np.uint8, offset=16).reshape(20, 6, 5)
+    c = (np.arange(60) % 10).astype(np.int32)
+    assert same(loaded.train, {"x": x[:50], "c": c[:50]})
+    assert same(loaded.validation, {"x": x[50:], "c": c[50:]})
+    assert same(loaded.test, {"x": x_test, "c": c[:20]})
+    assert (loaded.name, loaded.num_classes, loaded.x_shape) == ("mnist", 10, (6, 5))
+
+
+# --- IDX ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 4), (5, 3, 2), (1, 1, 1), (300, 28, 28)])
+@pytest.mark.parametrize("pack", [bytes, packed])
+def test_idx_gives_back_what_was_stored(tmp_path, shape, pack):
+    array = random_images(*shape)
+    found = read_idx(write(tmp_path / "any.name", pack(idx(array))))
+    assert found.dtype == np.uint8
+    assert found.flags.writeable
+    np.testing.assert_array_equal(found, array)
+
+
+BAD_IDX = {
+    "empty": (b"", "an empty file"),
+    "empty packed": (packed(b""), "an empty file"),
+    "web page": (HTML, "a web page"),
+    "packed web page": (packed(HTML), "a web page"),
+    "text": (b"thesis", "one that begins with b'thes'"),
+    "floats": (b"\0\0\x0d\3" + bytes(100), "one that begins with"),
+    "no axes": (b"\0\0\x08\0\1", "one that begins with"),
+    "200 axes": (b"\0\0\x08\xc8" + bytes(1000), "one that begins with"),
+    "cut header": (header(5, 3, 2)[:-1], "ends in its header"),
+    "cut packed header": (packed(header(5, 3, 2)[:7]), "ends in its header"),
+    "labels": (idx(np.arange(30)), r"labels \(magic number 2049\)"),
+    "matrix": (idx(np.zeros((6, 5))), r"a matrix \(magic number 2050\)"),
+    "no images": (header(0, 28, 28), r"shape \(0, 28, 28\)"),
+    "four billion": (header(2**32 - 1, 28, 28) + bytes(9), "a promise of 3,367,254,359,296"),
+    "more than any": (header(*[2**32 - 1] * 3) + bytes(9), "a promise of 79,228"),
+    "millions": (header(10**6, 28, 28) + bytes(9), "784,000,016 bytes.*got at most 25"),
+    "packed millions": (packed(header(10**6, 28, 28)), "784,000,016 bytes.*got at most"),
+    "cut": (idx(random_images(9, 4, 4))[:-1], "160 bytes.*got at most 159"),
+    "cut inside": (packed(idx(random_images(9, 4, 4))[:-1]), "160 bytes.*got 159"),
+    "trailing": (idx(random_images(9, 4, 4)) + b"\0", "160 bytes.*got more"),
+    "trailing inside": (packed(idx(random_images(9, 4, 4)) + b"\0"), "160 bytes.*got more"),
+    "bomb": (packed(header(9, 4, 4) + bytes(10**8)), "160 bytes.*got more"),
+    "two": (packed(idx(random_images(9, 4, 4))) * 2, "160 bytes.*got more"),
+    "packed, then text": (packed(idx(random_images(9, 4, 4))) + b"x", "BadGzipFile"),
+    "packed, cut": (packed(idx(random_images(9, 4, 4)))[:-20], "EOFError"),
+    "packed, without sum": (packed(idx(random_images(9, 4, 4)))[:-8], "EOFError"),
+    "packed, bad sum": (packed(idx(random_images(9, 4, 4)))[:-8] + bytes(8), "CRC check failed"),
+    "two bytes": (b"\x1f\x8b", "EOFError|empty"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_IDX)
+def test_idx_that_is_bad_is_an_error_and_takes_no_memory(tmp_path, kind):
+    content, got = BAD_IDX[kind]
+    path = write(tmp_path / "images", content)
+
+    def read():
+        with pytest.raises(DatasetError, match=rf"/images: expected .*{got}.*{REMEDY}"):
+            read_idx(path, num_axes=3)
+
+    assert peak_memory(read) < 4e6
+
+
+def test_idx_of_another_kind_names_both(tmp_path):
+    path = write(tmp_path / "labels", packed(idx(np.arange(30))))
+    expected = (
+        r"expected an IDX file of images \(magic number 2051\), got one of labels \(magic "
+        r"number 2049\)"
+    )
+    with pytest.raises(DatasetError, match=expected):
+        read_idx(path, num_axes=3)
+    with pytest.raises(DatasetError, match=r"expected .* labels .* 2049\), got .*images .* 2051"):
+        read_idx(write(path, idx(random_images(9, 4, 4))), num_axes=1)
+
+
+def test_idx_keeps_to_a_bound_and_a_sum(tmp_path):
+    array = random_images(9, 4, 4)
+    path = write(tmp_path / "images", packed(idx(array)))
+    sha256 = hashlib.sha256(idx(array)).hexdigest()
+    np.testing.assert_array_equal(read_idx(path, max_bytes=160, sha256=sha256), array)
+    with pytest.raises(DatasetError, match="expected at most 159 bytes, got a promise of 160"):
+        read_idx(path, max_bytes=159)
+    with pytest.raises(DatasetError, match=f"expected content with SHA-256 0, got .*{sha256}"):
+        read_idx(path, sha256="0")
+
+
+@pytest.mark.parametrize("kind", ["directory", "nothing", "pipe", "dangling link"])
+def test_what_is_no_file_is_an_error(tmp_path, kind):
+    path = tmp_path / "images.npy"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "dangling link":
+        path.symlink_to(tmp_path / "gone")
+    for read in (read_idx, lambda path: load(str(path))):
+        with pytest.raises(DatasetError, match=r"images.npy: expected an .*file, got .*; give"):
+            read(path)
+
+
+def test_a_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    def refuse(path, _):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = write(tmp_path / "images", idx(random_images(9, 4, 4)))
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything
+    with pytest.raises(DatasetError, match=r"images: expected .* got .*Permission denied"):
+        read_idx(path)
+
+
+def mutants(content, num):
+    """Copies of ``content`` with bytes flipped, cut off, added or moved."""
+    rng = np.random.default_rng(len(content))
+    for _ in range(num):
+        mutant = bytearray(content)
+        for _ in range(rng.integers(1, 4)):
+            kind, size = rng.integers(6), max(1, len(mutant))
+            at, to = sorted(rng.integers(0, size, 2))
+            if kind < 2 and mutant:
+                mutant[at] ^= 1 << rng.integers(8)
+            elif kind == 2:
+                mutant[at : at + 1] = rng.bytes(1)
+            elif kind == 3:
+                del mutant[at if rng.integers(2) else size - 1 :]
+            elif kind == 4:
+                mutant += rng.bytes(rng.integers(1, 9)) if rng.integers(2) else bytes(3)
+            else:
+                mutant[at:to] = mutant[to : to + rng.integers(0, 20)]
+        yield bytes(mutant)
+
+
+def fuzz(path, content, num, read, is_right):
+    """How many mutants were read all the same, each of them rightly."""
+    num_read = 0
+    for mutant in mutants(content, num):
+        path.write_bytes(mutant)
+        try:
+            found = read(path)
+        except DatasetError as error:
+            message = str(error)
+        else:
+            message = f"{path}"
+            num_read += 1
+            assert is_right(found, mutant), mutant
+        assert message.startswith(str(path))
+    return num_read
+
+
+@pytest.mark.parametrize("shape", [(40,), (6, 5), (4, 3, 5)])
+def test_damaged_packed_idx_is_an_error_or_the_same_array(tmp_path, shape):
+    array = random_images(*shape)
+    num_read = fuzz(
+        tmp_path / "images",
+        packed(idx(array)),
+        1_000,
+        read_idx,
+        lambda found, _: np.array_equal(found, array),
+    )
+    assert 0 < num_read < 300  # the time stamp in gzip's header does not matter
+
+
+@pytest.mark.parametrize("shape", [(40,), (6, 5), (4, 3, 5)])
+def test_damaged_raw_idx_is_an_error_or_what_the_file_holds(tmp_path, shape):
+    def is_right(found, mutant):
+        return found.dtype == np.uint8 and idx(found) == mutant
+
+    num_read = fuzz(tmp_path / "images", idx(random_images(*shape)), 1_000, read_idx, is_right)
+    assert 0 < num_read < 700  # a raw file has no sum, so that a pixel may change
+
+
+@pytest.mark.parametrize("pack", [bytes, packed])
+def test_with_a_sum_damaged_idx_is_an_error_or_the_same_array(tmp_path, pack):
+    array = random_images(4, 3, 5)
+    read = functools.partial(read_idx, sha256=hashlib.sha256(idx(array)).hexdigest(), num_axes=3)
+    content = pack(idx(array))
+    fuzz(tmp_path / "x", content, 1_000, read, lambda found, _: np.array_equal(found, array))
+
+
+# --- MNIST ----------------------------------------------------------------------------------------
+
+
+SPELLINGS = {
+    "raw": (bytes, "{}"),
+    "packed": (packed, "{}.gz"),
+    "raw, called packed": (bytes, "{}.gz"),
+    "packed, called raw": (packed, "{}"),
+    "subdirectory": (packed, "mnist/{}.gz"),
+}
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+@pytest.mark.parametrize("by", ["argument", "environment"])
+@pytest.mark.parametrize("mark", ["-", "."])
+def test_mnist_is_read_from_a_directory(tmp_path, small, monkeypatch, kind, by, mark, cache):
+    pack, name = SPELLINGS[kind]
+    for key, content in small.items():
+        write(tmp_path / name.format(key.replace("-idx", f"{mark}idx")), pack(content))
+    if by == "environment":
+        monkeypatch.setenv("GUIDEBOOK_DATA", str(tmp_path))
+    for kind in ("mnist", "auto"):
+        directory = tmp_path if by == "argument" else None
+        loaded = load(kind, data_dir=directory, num_validation=10)
+        require_small(loaded, small)
+    assert not cache.exists()
+
+
+def test_a_directory_without_the_files_names_them(tmp_path, small):
+    write(tmp_path / f"{TRAIN_X}.gz", small[TRAIN_X])
+    for kind in ("mnist", "auto"):
+        with pytest.raises(DatasetError) as caught:
+            load(kind, data_dir=tmp_path)
+        message = str(caught.value)
+        assert f"got no {TRAIN_C}, no {TEST_X}, no {TEST_C}; give" in message
+        for word in (str(tmp_path), "subdirectory mnist", ".gz", ".idx"):
+            assert word in message
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (HTML, "a web page"),
+        (b"", "an empty file"),
+        (packed(idx(random_images(60, 6, 5)))[:-9], "EOFError"),
+        (idx(random_images(60, 6, 5)), "other content"),
+        (idx(np.arange(60)), "labels"),
+        (packed(header(2**17, 28, 28) + bytes(2**17 * 784)), "a promise of 102,760,464"),
+    ],
+)
+def test_a_bad_file_in_a_directory_is_an_error_always(
+    tmp_path, small, mirrors, monkeypatch, by, content, got
+):
+    for key, right in small.items():
+        write(tmp_path / key, content if key == TRAIN_X else right)
+    monkeypatch.setenv("GUIDEBOOK_DATA", str(tmp_path))
+    for kind in ("mnist", "auto"):
+        with pytest.raises(DatasetError, match=f"{TRAIN_X}: expected .*got.*{got}.*{REMEDY}"):
+            load(kind, data_dir=tmp_path if by == "argument" else None)
+    assert mirrors.requests == []
+    assert (tmp_path / TRAIN_X).read_bytes() == content
+
+
+def test_mnist_is_downloaded_once(small, mirrors, cache, capsys, monkeypatch):
+    (handler,) = pooch.get_logger().handlers
+    monkeypatch.setattr(handler, "stream", sys.stderr)
+    monkeypatch.setattr(pooch.get_logger(), "level", 0)
+    for kind in ("mnist", "auto", "mnist"):
+        require_small(load(kind, num_validation=10), small)
+        assert mirrors.requests == [f"/one/{name}.gz" for name in datasets.MNIST]
+    assert {path.name for path in cache.iterdir()} == {f"{name}.gz" for name in datasets.MNIST}
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_the_environments_directory_lacks_is_downloaded(tmp_path, small, mirrors, monkeypatch):
+    monkeypatch.setenv("GUIDEBOOK_DATA", str(tmp_path / "nothing there"))
+    require_small(load_small(), small)
+    assert len(mirrors.requests) == 4
+
+
+def test_the_cache_works_offline_and_is_where_xdg_says(
+    tmp_path, small, mirrors, monkeypatch, nobody
+):
+    load_small()
+    here = datasets.MIRRORS
+    monkeypatch.setattr(datasets, "MIRRORS", (nobody,))
+    require_small(load_small(), small)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    with pytest.raises(DatasetError):
+        load_small()
+    monkeypatch.setattr(datasets, "MIRRORS", here)
+    require_small(load_small(), small)
+    assert len(list((tmp_path / "elsewhere" / "guidebook" / "mnist").iterdir())) == 4
+
+
+BAD_ANSWERS = {
+    "missing": (404, "404 Client Error"),
+    "broken": (500, "500 Server Error"),
+    "web page": (HTML, "a web page"),
+    "empty": (b"", "an empty file"),
+    "labels": (packed(idx(np.arange(60))), "labels"),
+    "foreign": (packed(idx(random_images(60, 6, 5))), "other content"),
+    "truncated": (packed(idx(random_images(60, 6, 5)))[:-30], "EOFError"),
+    "bomb": (packed(header(60, 6, 5) + bytes(10**8)), "got more"),
+    "promise": (packed(header(2**32 - 1, 28, 28)), "a promise of"),
+    "cut": ("cut", "IncompleteRead|ended prematurely"),
+    "silence": ("silence", "timed out"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ANSWERS)
+def test_a_bad_mirror_is_passed_over_and_leaves_nothing(small, mirrors, cache, kind, monkeypatch):
+    if kind == "silence":
+        monkeypatch.setattr(datasets, "TIMEOUT", (5, 1))
+    answer, got = BAD_ANSWERS[kind]
+    mirrors.answers[f"/one/{TRAIN_X}.gz"] = answer
+    require_small(load_small(), small)
+    assert mirrors.requests == [
+        f"/one/{TRAIN_X}.gz",
+        *(f"/two/{name}.gz" for name in datasets.MNIST),  # the mirror that failed comes last
+    ]
+    assert {path.name for path in cache.iterdir()} == {f"{name}.gz" for name in datasets.MNIST}
+    for path in cache.iterdir():
+        path.unlink()
+    mirrors.answers[f"/two/{TRAIN_X}.gz"] = answer
+    with pytest.raises(DatasetError) as caught:
+        load_small()
+    one, two = (f"{url}{TRAIN_X}.gz" for url in datasets.MIRRORS)
+    message = str(caught.value)
+    assert message.index(TRAIN_X) < message.index(one) < message.index(two)
+    assert len(list(re.finditer(got, message))) == 2
+    assert message.endswith(datasets.GET_MNIST)
+    assert str(cache) + "/" not in message
+    assert list(cache.iterdir()) == []
+
+
+def test_an_unreachable_mirror_is_passed_over(small, mirrors, monkeypatch, nobody):
+    monkeypatch.setattr(datasets, "MIRRORS", (nobody, datasets.MIRRORS[1]))
+    require_small(load_small(), small)
+
+
+def test_a_mirror_that_unpacks_is_as_good(small, mirrors):
+    for name, content in small.items():
+        mirrors.answers[f"/one/{name}.gz"] = content
+    require_small(load_small(), small)
+    assert len(mirrors.requests) == 4
+
+
+BAD_CACHED = {
+    "web page": lambda path: path.write_bytes(HTML),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "foreign": lambda path: path.write_bytes(packed(idx(random_images(20, 6, 5)))),
+    "dangling link": lambda path: (path.unlink(), path.symlink_to("gone")),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CACHED)
+def test_a_bad_file_in_the_cache_is_replaced(small, mirrors, cache, kind, monkeypatch, nobody):
+    load_small()
+    path = cache / f"{TEST_X}.gz"
+    right = path.read_bytes()
+    BAD_CACHED[kind](path)
+    require_small(load_small(), small)
+    assert mirrors.requests[4:] == [f"/one/{TEST_X}.gz"]
+    assert path.read_bytes() == right
+    BAD_CACHED[kind](path)
+    monkeypatch.setattr(datasets, "MIRRORS", (nobody,))
+    with pytest.raises(DatasetError, match=f"{path}: .* removed.*{nobody}.*refused"):
+        load_small()
+    assert not os.path.lexists(path)
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_what_cannot_be_removed_from_the_cache_is_named(small, mirrors, cache):
+    (cache / f"{TEST_X}.gz").mkdir(parents=True)
+    with pytest.raises(DatasetError, match=f"{TEST_X}.gz: .*cannot be removed.*; remove it"):
+        load_small()
+    assert load("auto", progress=False).name == "digits"
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(small, mirrors, cache):
+    write(cache.parent, b"a file in the directory's place")
+    with pytest.raises(DatasetError, match=f"mnist: expected {TRAIN_X} in .*; go online"):
+        load_small()
+
+
+def test_downloads_are_shown_on_a_terminal(small, mirrors, capsys, monkeypatch, tmp_path):
+    load_small()
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for progress in (False, True):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"{progress}"))
+        load("mnist", num_validation=10, progress=progress)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert ("B/s" in err) is progress
+
+
+def test_sizes_of_mnist(tmp_path, small):
+    for key, content in small.items():
+        write(tmp_path / key, content)
+    all_of_it = load("mnist", data_dir=tmp_path, num_validation=0)
+    assert len(all_of_it.train["x"]) == 60
+    assert all_of_it.validation is None
+    assert len(load("mnist", data_dir=tmp_path, num_validation=59).train["x"]) == 1
+    for number, bound in ((60, "0 to 59"), (None, "0 to 59"), (-1, "at least 0")):
+        with pytest.raises(ValueError, match=f"num_validation: expected {bound}"):
+            load("mnist", data_dir=tmp_path, num_validation=number)
+
+
+@pytest.mark.skipif(
+    not GIVEN or len(datasets._find(Path(GIVEN))) < 4, reason="GUIDEBOOK_DATA holds no MNIST"
+)
+def test_the_real_mnist(monkeypatch):
+    began = time.perf_counter()
+    loaded = load("mnist", data_dir=GIVEN)
+    assert time.perf_counter() - began < 2
+    assert loaded.train["x"].shape == (50_000, 28, 28)
+    assert loaded.validation["x"].shape == (10_000, 28, 28)
+    assert loaded.test["x"].shape == (10_000, 28, 28)
+    assert loaded.num_classes == 10
+    assert list(loaded.train["c"][:5]) == [5, 0, 4, 1, 9]
+    assert list(loaded.test["c"][:5]) == [7, 2, 1, 0, 4]
+    x = load("mnist", data_dir=GIVEN, num_validation=0).train["x"]
+    assert x.shape == (60_000, 28, 28)
+    assert x.mean() == pytest.approx(33.318421449829934, rel=1e-12)
+
+
+# --- digits, and MNIST's absence ------------------------------------------------------------------
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    loaded = load("digits")
+    assert [len(part["x"]) for part in (loaded.train, loaded.validation, loaded.test)] == [
+        1197,
+        300,
+        300,
+    ]
+    assert (loaded.name, loaded.num_classes, loaded.x_shape) == ("digits", 10, (8, 8))
+    original = load_digits()
+    images = {
+        (image.tobytes(), int(label))
+        for image, label in zip(
+            np.array([round(v * 255 / 16) for v in original.images.ravel()], np.uint8).reshape(
+                -1, 8, 8
+            ),
+            original.target,
+            strict=True,
+        )
+    }
+    found = [
+        (image.tobytes(), int(label))
+        for part in (loaded.train, loaded.validation, loaded.test)
+        for image, label in zip(part["x"], part["c"], strict=True)
+    ]
+    assert len(found) == 1797
+    assert set(found) == images
+    for part in (loaded.train, loaded.validation, loaded.test):
+        assert part["x"].dtype == np.uint8
+        assert set(part["c"]) == set(range(10))
+
+
+def test_the_digits_test_set_never_changes():
+    usual = load("digits")
+    assert same(load("digits").train, usual.train)
+    for number in (0, 1, 100, 1496):
+        loaded = load("digits", num_validation=number)
+        assert same(loaded.test, usual.test)
+        assert len(loaded.train["x"]) == 1497 - number
+        assert (loaded.validation is None) == (number == 0)
+        assert loaded.validation is None or len(loaded.validation["x"]) == number
+    with pytest.raises(ValueError, match=r"num_validation: expected 0 to 1496, .*got 1497"):
+        load("digits", num_validation=1497)
+
+
+def test_without_mnist_auto_takes_the_digits_and_says_so_loudly(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("GUIDEBOOK_DATA", str(tmp_path / "nothing"))
+    assert same(load().train, load("digits").train)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) > 8
+    assert lines[0] == lines[-1] == "!" * 80
+    assert "NOT MNIST" in lines[1]
+    assert all(line.startswith("!!") for line in lines)
+    words = " ".join(line.removeprefix("!!").strip() for line in lines)
+    for word in ("NOT MNIST", "digits", "--data-dir", "GUIDEBOOK_DATA", "--dataset mnist"):
+        assert word in words
+    for mirror in datasets.MIRRORS:
+        assert re.search(f"{mirror}{TRAIN_X}.gz: .*refused", words)
+    assert str(tmp_path / "nothing") in words
+
+
+def test_mnist_insists(capsys):
+    with pytest.raises(DatasetError, match=r"mnist: expected .*--data-dir .*GUIDEBOOK_DATA"):
+        load("mnist")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_not_needed_is_not_imported():
+    code = "import experiments.datasets, sys; sys.exit('sklearn' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("name", ["MNIST", "cifar10", "", "images.txt", "npz"])
+def test_an_unknown_name_lists_the_known(name):
+    with pytest.raises(ValueError, match=f"name: expected auto, mnist, digits .*got '{name}'"):
+        load(name)
+
+
+# --- the user's own files -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (28, 28), (5, 4, 3), (2, 9, 1)])
+@pytest.mark.parametrize("dtype", ["u1", "?", "<f2", "<f4", ">f4", "<f8", "g"])
+def test_own_images_of_any_size_and_type(tmp_path, shape, dtype):
+    values = random_images(60, *shape)
+    floats = (values / 255).astype(dtype)
+    x = {"u1": values, "?": values > 127}.get(dtype, floats)
+    expected = {"u1": values, "?": np.where(values > 127, 255, 0).astype(np.uint8)}.get(
+        dtype, floats.astype(np.float32)
+    )
+    np.save(tmp_path / "mine.npy", x)
+    loaded = load(str(tmp_path / "mine.npy"))
+    assert (loaded.name, loaded.x_shape, loaded.num_classes) == ("mine.npy", shape, None)
+    parts = (loaded.train, loaded.validation, loaded.test)
+    assert [len(part["x"]) for part in parts] == [45, 5, 10]
+    assert all(part.keys() == {"x"} for part in parts)
+    found = np.concatenate([part["x"] for part in parts])
+    assert found.dtype == expected.dtype
+    assert sorted(image.tobytes() for image in found) == sorted(
+        image.tobytes() for image in expected
+    )
+
+
+def test_own_images_in_fortran_order(tmp_path):
+    x = random_images(30, 4, 3, 2)
+    for order in "CF":
+        np.save(tmp_path / f"{order}.npy", np.asarray(x, order=order))
+    assert same(load(str(tmp_path / "F.npy")).train, load(str(tmp_path / "C.npy")).train)
+
+
+def test_own_images_in_either_version_of_numpys_format(tmp_path):
+    for version in (1, 2):
+        with (tmp_path / f"{version}.npy").open("wb") as stream:
+            np.lib.format.write_array(stream, random_images(30, 4, 3), (version, 0))
+    assert same(load(str(tmp_path / "1.npy")).train, load(str(tmp_path / "2.npy")).train)
+
+
+@pytest.mark.parametrize("names", [("x", "c"), ("x_train", "c_train")])
+@pytest.mark.parametrize("save_as", [np.savez, np.savez_compressed])
+def test_own_images_keep_their_labels(tmp_path, names, save_as):
+    x = np.arange(100, dtype=np.uint8).repeat(4).reshape(100, 2, 2)
+    save_as(tmp_path / "mine.npz", **dict(zip(names, (x, np.arange(100)), strict=True)))
+    loaded = load(str(tmp_path / "mine.npz"))
+    parts = (loaded.train, loaded.validation, loaded.test)
+    assert [len(part["x"]) for part in parts] == [76, 8, 16]
+    for part in parts:
+        assert part["c"].dtype == np.int32
+        np.testing.assert_array_equal(part["x"][:, 0, 0], part["c"])
+    assert sorted(np.concatenate([part["c"] for part in parts])) == list(range(100))
+    assert (loaded.name, loaded.num_classes) == ("mine.npz", 100)
+
+
+def test_own_splits_are_kept(tmp_path):
+    arrays = {
+        f"{key}{end}": value
+        for end, num in (("", 12), ("_validation", 5), ("_test", 13))
+        for key, value in (("x", random_images(num, 3, 3)), ("c", np.arange(num) % 4 + num))
+    }
+    loaded = load(str(save(tmp_path / "mine.npz", **arrays)))
+    for end, part in (
+        ("", loaded.train),
+        ("_validation", loaded.validation),
+        ("_test", loaded.test),
+    ):
+        np.testing.assert_array_equal(part["x"], arrays[f"x{end}"])
+        np.testing.assert_array_equal(part["c"], arrays[f"c{end}"])
+    assert loaded.num_classes == 17  # the test set has the largest label
+    with pytest.raises(ValueError, match=r"num_validation: expected none, .*x_validation, got 3"):
+        load(str(tmp_path / "mine.npz"), num_validation=3)
+    arrays = {key: value for key, value in arrays.items() if "validation" not in key}
+    path = str(save(tmp_path / "mine.npz", **arrays))
+    loaded = load(path, num_validation=3)
+    assert [len(part["x"]) for part in (loaded.train, loaded.validation, loaded.test)] == [9, 3, 13]
+    loaded = load(path, num_validation=0)
+    np.testing.assert_array_equal(loaded.train["x"], arrays["x"])
+    assert loaded.validation is None
+
+
+def test_own_test_set_does_not_depend_on_the_validation_set(tmp_path):
+    np.save(tmp_path / "mine.npy", random_images(50, 3, 3))
+    path = str(tmp_path / "mine.npy")
+    usual = load(path)
+    assert same(load(path).train, usual.train)
+    for number in (0, 1, 41):
+        loaded = load(path, num_validation=number)
+        assert same(loaded.test, usual.test)
+        assert len(loaded.train["x"]) == 42 - number
+    with pytest.raises(ValueError, match=r"num_validation: expected 0 to 41, .*got 42"):
+        load(path, num_validation=42)
+
+
+@pytest.mark.parametrize(("number", "least"), [(None, 3), (1, 3), (0, 2)])
+def test_own_images_must_be_enough_to_split(tmp_path, number, least):
+    path = tmp_path / "mine.npy"
+    np.save(path, random_images(least, 3, 3))
+    loaded = load(str(path), num_validation=number)
+    assert len(loaded.train["x"]) == len(loaded.test["x"]) == 1
+    np.save(path, random_images(least - 1, 3, 3))
+    expected = rf"mine.npy: x: expected at least {least} images .*, got {least - 1}; give more"
+    with pytest.raises(DatasetError, match=expected):
+        load(str(path), num_validation=number)
+
+
+def with_value(value):
+    x = np.full((9, 3, 3), 0.5)
+    x[4, 1] = value
+    return x
+
+
+GOOD = random_images(9, 3, 3)
+NAMES = "perhaps c, x_test, c_test, x_validation, c_validation"
+BAD_ARRAYS = {
+    "nan": ({"x": with_value(np.nan)}, "x: expected finite numbers, got NaN or inf.*; replace"),
+    "inf": ({"x": with_value(-np.inf)}, "x: expected finite numbers, got NaN or inf.*; replace"),
+    "both inf": ({"x": with_value([-np.inf, np.inf, 0])}, "expected finite numbers"),
+    "above": ({"x": with_value(1.001)}, r"in \[0, 1\], got 0.5 to 1.001; divide"),
+    "below": ({"x": with_value(-0.001)}, r"in \[0, 1\], got -0.001 to 0.5; divide"),
+    "0..255": ({"x": GOOD.astype(np.float32)}, r"in \[0, 1\], got .* to 2\d\d; divide .* 255"),
+    "uint16": ({"x": GOOD.astype(np.uint16)}, "expected uint8, .*, got uint16; divide .* 65535"),
+    "int64": ({"x": GOOD.astype(np.int64)}, "expected uint8, .*, got int64; divide"),
+    "complex": ({"x": GOOD.astype(complex)}, "x: expected an array of numbers, got complex128;"),
+    "text": ({"x": GOOD.astype(str)}, "x: expected an array of numbers, got <U3;"),
+    "record": ({"x": np.zeros((9, 3, 3), "u1,f4")}, "x: expected an array of numbers, got"),
+    "rank 0": ({"x": np.uint8(3)}, r"images \(N, H, W\) or .*, got shape \(\); reshape"),
+    "rank 2": ({"x": GOOD.reshape(9, 9)}, r"got shape \(9, 9\); reshape"),
+    "rank 5": ({"x": GOOD.reshape(9, 3, 3, 1, 1)}, r"got shape \(9, 3, 3, 1, 1\); reshape"),
+    "empty": ({"x": GOOD[:0]}, r"at least one number, got shape \(0, 3, 3\); give more"),
+    "no width": ({"x": GOOD[:, :, :0]}, r"at least one number, got shape \(9, 3, 0\)"),
+    "nothing": ({}, f"expected images x or x_train, and {NAMES}, got nothing; save"),
+    "no images": ({"c": np.arange(9)}, "expected images x or .*, got c; save"),
+    "keras": ({"x_train": GOOD, "y_train": GOOD}, "expected images .*, got x_train, y_train; save"),
+    "both names": ({"x": GOOD, "x_train": GOOD}, "expected images .*, got x, x_train; save"),
+    "only a test": ({"x_test": GOOD}, "expected images x or x_train, .*, got x_test; save"),
+    "labels alone": (
+        {"x": GOOD, "c_test": np.arange(9)},
+        "expected images x_test for the labels c_test, got none; give both",
+    ),
+    "labels for some": (
+        {"x": GOOD, "c": np.arange(9), "x_test": GOOD},
+        r"x_test: expected uint8 \(N, 3, 3\) with labels, .* got .* without labels; save",
+    ),
+    "labels for others": (
+        {"x": GOOD, "x_test": GOOD, "c_test": np.arange(9)},
+        r"x_test: expected uint8 \(N, 3, 3\) without labels, .* got .* with labels; save",
+    ),
+    "other size": (
+        {"x": GOOD, "x_validation": random_images(9, 3, 4)},
+        r"x_validation: expected uint8 \(N, 3, 3\) .*got uint8 \(N, 3, 4\)",
+    ),
+    "other type": (
+        {"x": GOOD, "x_test": GOOD / 255},
+        r"x_test: expected uint8 \(N, 3, 3\) .*got float32 \(N, 3, 3\)",
+    ),
+    "bad test": ({"x": GOOD, "x_test": GOOD / 100}, r"x_test: expected floats in \[0, 1\]"),
+    "fewer labels": (
+        {"x": GOOD, "c": np.arange(8)},
+        r"c: expected integers, one for each of 9 images, got int64 of shape \(8,\); give",
+    ),
+    "one-hot": ({"x": GOOD, "c": np.eye(9, dtype=int)}, r"c: expected .*, got .*\(9, 9\); give"),
+    "float labels": ({"x": GOOD, "c": np.ones(9)}, "c: expected integers, .*, got float64"),
+    "bool labels": ({"x": GOOD, "c": np.ones(9, bool)}, "c: expected integers, .*, got bool"),
+    "negative": ({"x": GOOD, "c": np.arange(9) - 1}, "c: expected labels 0, .*, got -1 to 7; num"),
+    "enormous": ({"x": GOOD, "c": np.arange(9) + 2**40}, "c: expected labels 0, .*, got 109"),
+    "unsigned": ({"x": GOOD, "c": np.full(9, 2**64 - 1, np.uint64)}, "expected labels 0, .* 1844"),
+    "pickles": (
+        {"x": GOOD.astype(object)},
+        "x: expected an array of .*, got pickled objects; save",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ARRAYS)
+def test_own_arrays_that_will_not_do_are_an_error(tmp_path, kind):
+    arrays, message = BAD_ARRAYS[kind]
+    path = save(tmp_path / "mine.npz", **arrays)
+    with pytest.raises(DatasetError, match=f"mine.npz.*: .*{message}"):
+        load(str(path))
+    if arrays.keys() == {"x"}:
+        np.save(tmp_path / "mine.npy", arrays["x"])
+        with pytest.raises(DatasetError, match=f"mine.npy.*: .*{message}"):
+            load(str(tmp_path / "mine.npy"))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.abort, ())
+
+
+def test_pickles_are_not_opened(tmp_path):
+    bombs = np.array([Bomb()] * 9, object).reshape(1, 3, 3)
+    np.save(tmp_path / "mine.npy", bombs, allow_pickle=True)
+    with pytest.raises(DatasetError, match="got pickled objects"):
+        load(str(tmp_path / "mine.npy"))
+
+
+HALF_OF_MEMORY = datasets._half_of_memory()
+RAW = npy(GOOD)
+BAD_NPY = {
+    "empty": (b"", "EOF|magic"),
+    "web page": (HTML, "magic"),
+    "version": (RAW[:6] + b"\7" + RAW[7:], "cannot be read"),
+    "cut magic": (RAW[:5], "cannot be read"),
+    "cut header": (RAW[:40], "cannot be read"),
+    "cut": (RAW[:-1], "209 bytes, .*got at most 208"),
+    "trailing": (RAW + b"\0", "209 bytes, .*got more"),
+    "terabytes": (npy_header((10**9, 64, 64)) + bytes(99), "a promise of 4,096,000,000,128"),
+    "more than any": (npy_header((10**30, 64, 64)) + bytes(99), "a promise of 4,096,000"),
+    "gigabytes": (npy_header((10**6, 28, 28)) + bytes(99), "784,000,128 bytes.*got at most 227"),
+    "negative": (npy_header((-9, -3, 3)) + bytes(81), r"shape \(-9, -3, 3\)"),
+    "enormous header": (b"\x93NUMPY\2\0\xff\xff\xff\xff" + bytes(99), "cannot be read"),
+    "nested header": (b"\x93NUMPY\1\0\x10\x27" + b"(" * 10_000, "cannot be read"),
+    "code": (b"\x93NUMPY\1\0\x10\0" + b"__import__('os')", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_NPY)
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_npy_that_is_bad_is_an_error_and_takes_no_memory(tmp_path, kind, suffix):
+    content, got = BAD_NPY[kind]
+    path = tmp_path / f"mine.{suffix}"
+    if suffix == "npy":
+        path.write_bytes(content)
+    else:
+        zipped(path, x=content)
+
+    def read():
+        with pytest.raises(DatasetError, match=rf"mine.*: x: expected .*({got}).*{REMEDY}"):
+            load(str(path))
+
+    assert peak_memory(read) < 4e6
+
+
+def lying(content, promise):
+    """A zip file whose directory says that its member has ``promise`` bytes."""
+    stream = io.BytesIO()
+    zipped(stream, x=content)
+    whole = bytearray(stream.getvalue())
+    for mark, at in ((b"PK\1\2", 24), (b"PK\3\4", 22)):
+        start = whole.index(mark) + at
+        whole[start : start + 4] = struct.pack("<I", promise)
+    return bytes(whole)
+
+
+def with_bad_sum():
+    stream = io.BytesIO()
+    zipped(stream, zipfile.ZIP_STORED, x=RAW)
+    return stream.getvalue().replace(RAW[-9:], bytes(9))
+
+
+BAD_NPZ = {
+    "empty": (b"", "not a zip file"),
+    "web page": (HTML, "not a zip file"),
+    "npy": (RAW, "not a zip file"),
+    "cut": (lying(RAW, len(RAW))[:-1], "not a zip file"),
+    "end alone": (b"PK\5\6" + bytes(18), "got nothing"),
+    "bad sum": (with_bad_sum(), "Bad CRC-32"),
+    "promises more": (lying(npy_header((10**6, 28, 28)), 784_000_128), "CRC|EOFError|got 128"),
+    "holds more": (lying(npy_header((9, 3, 3)) + bytes(10**7), 209), "CRC"),
+    "terabytes": (lying(RAW, 2**32 - 2), "at most 1,000,000,000 bytes, got a promise of 4,29"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_NPZ)
+def test_npz_that_is_bad_is_an_error_and_takes_no_memory(tmp_path, kind):
+    content, got = BAD_NPZ[kind]
+    path = write(tmp_path / "mine.npz", content)
+
+    def read():
+        with pytest.raises(DatasetError, match=rf"mine.*: expected .*({got})(?s:.*){REMEDY}"):
+            load(str(path))
+
+    assert peak_memory(read) < 4e6
+
+
+def test_a_zip_bomb_is_refused_by_its_header(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "_half_of_memory", lambda: 10**7)
+    path = zipped(tmp_path / "mine.npz", x=npy_header((10**5, 10, 10)) + bytes(10**7))
+    assert path.stat().st_size < 20_000
+
+    def read():
+        with pytest.raises(DatasetError, match=r"mine.npz: .* 10,000,000 bytes, got a promise of"):
+            load(str(path))
+
+    assert peak_memory(read) < 1e6
+    half = npy_header((5 * 10**4, 10, 10)) + bytes(5 * 10**6)
+    path = zipped(tmp_path / "mine.npz", x=half, x_test=half)
+    assert peak_memory(read) < 1e6
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="not Linux")
+def test_half_of_memory_is_half_of_it():
+    kibibytes = int(Path("/proc/meminfo").read_text().split()[1])
+    assert pytest.approx(512 * kibibytes, rel=0.01) == HALF_OF_MEMORY
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressions_without_bounds_are_refused(tmp_path, compression):
+    path = zipped(tmp_path / "mine.npz", compression, x=RAW)
+    with pytest.raises(DatasetError, match=r"expected .*savez_compressed writes, got .*; use that"):
+        load(str(path))
+
+
+def test_two_members_of_one_name_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
+        archive.writestr("x.npy", RAW)
+        archive.writestr("x", RAW)
+    with pytest.raises(DatasetError, match=r"expected images x .*, got x, x; save"):
+        load(str(tmp_path / "mine.npz"))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_damaged_npz_is_an_error_or_the_same_arrays(tmp_path, compression):
+    path = zipped(tmp_path / "mine.npz", compression, x=RAW, c=npy(np.arange(9)))
+    right = load(str(path))
+
+    def is_right(found, _):
+        return all(same(getattr(found, p), getattr(right, p)) for p in ("train", "test"))
+
+    num_read = fuzz(path, path.read_bytes(), 1_500, lambda path: load(str(path)), is_right)
+    assert 0 < num_read < 750  # the time stamps of a zip file do not matter
+
+
+def test_damaged_npy_is_an_error_or_what_numpy_reads(tmp_path):
+    def is_right(found, mutant):
+        x = np.load(io.BytesIO(mutant))
+        parts = np.concatenate([part["x"] for part in (found.train, found.validation, found.test)])
+        return parts.shape == x.shape and (
+            x.dtype != np.uint8
+            or sorted(image.tobytes() for image in parts) == sorted(image.tobytes() for image in x)
+        )
+
+    path = tmp_path / "mine.npy"
+    num_read = fuzz(path, RAW, 1_500, lambda path: load(str(path)), is_right)
+    assert 0 < num_read < 1_000  # a pixel or a blank may change
+
+
+def test_zlib_is_never_asked_for_more_than_a_piece(tmp_path, monkeypatch):
+    sizes = []
+    original = gzip.GzipFile.read
+
+    def read(self, size=-1):
+        sizes.append(size)
+        return original(self, size)
+
+    monkeypatch.setattr(gzip.GzipFile, "read", read)
+    array = np.zeros((3000, 30, 30), np.uint8)
+    np.testing.assert_array_equal(
+        read_idx(write(tmp_path / "x", zlib.compress(idx(array), wbits=31))), array
+    )
+    assert 0 < min(sizes) <= max(sizes) <= 2**20
