@@ -1,17 +1,19 @@
-"""The images that experiments train on: MNIST, scikit-learn's digits, or a file of the user's own.
+"""The images that experiments train on: MNIST, SVHN, scikit-learn's digits, or a user's own file.
 
 Files and mirrors are not trusted. What a header promises is compared with what there can be before
 memory is taken, gzip and zip are read in pieces to their ends, where their sums are checked, and
-MNIST's files must have the one right SHA-256. What is not right is a ``DatasetError`` that names
-the file.
+MNIST's and SVHN's files must have the one right SHA-256. What is not right is a ``DatasetError``
+that names the file.
 """
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
 import itertools
 import math
+import operator
 import os
 import struct
 import sys
@@ -25,19 +27,26 @@ import numpy as np
 import pooch
 from jaxtyping import Float32, Int32, UInt8
 
-MIRRORS = (
-    "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-)
+MIRRORS = {
+    "mnist": (
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    ),
+    "svhn": ("http://ufldl.stanford.edu/housenumbers/",),
+}
 MNIST = {  # the SHA-256 of each file's content, not compressed
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+SVHN = {  # the SHA-256 of each file
+    "train_32x32.mat": "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
+    "test_32x32.mat": "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
+}
 OWN_NAMES = ("x", "c", "x_test", "c_test", "x_validation", "c_validation")
-GET_MNIST = (
-    "go online once, or give the directory of its four files with --data-dir or in the environment "
+GET_FILES = (
+    "go online once, or give the directory of its files with --data-dir or in the environment "
     "variable GUIDEBOOK_DATA"
 )
 TIMEOUT = (5, 30)  # seconds, to connect and between two pieces
@@ -53,7 +62,7 @@ class Dataset:
     """Images ``x`` and, where there are any, their labels ``c``.
 
     Attributes:
-        name: mnist, digits or the file's name.
+        name: mnist, svhn, digits or the file's name.
         train: ``x``, (N, H, W) or (N, H, W, C), uint8 or float32 in [0, 1]; ``c``, (N,), int32.
         validation: the same, held out of the training set; None if nothing was.
         test: the same.
@@ -82,17 +91,20 @@ def load(
     """Loads a data set, split the same way every time.
 
     Args:
-        name: ``mnist``; ``digits``, the 1,797 images of 8 x 8 pixels in scikit-learn; ``auto``,
-            MNIST if it can be had, else the digits and a notice on standard error; or the path of
-            an .npy or .npz file. An .npy file holds images, (N, H, W) or (N, H, W, C), as uint8,
-            bool or floats in [0, 1]. An .npz file holds them as ``x`` (or ``x_train``), may hold
-            labels, integers (N,), as ``c`` (or ``c_train``), and may have ``x_test``, ``c_test``,
-            ``x_validation`` and ``c_validation``; a sixth of ``x`` is the test set if it has none.
-        data_dir: where MNIST's four files are, compressed or not, in it or in its subdirectory
-            mnist. By default they come from the directory that the environment variable
-            GUIDEBOOK_DATA names, the user's cache or the network, whichever has them first.
-        num_validation: how many training images to hold out: by default 10,000 of MNIST, 300 of
-            the digits, a tenth of a file's. The test set does not depend on it.
+        name: ``mnist``; ``svhn``, the Street View House Numbers of Netzer et al. 2011, cropped to
+            32 x 32 pixels in colour; ``digits``, the 1,797 images of 8 x 8 pixels in scikit-learn;
+            ``auto``, MNIST if it can be had, else the digits and a notice on standard error; or
+            the path of an .npy or .npz file. An .npy file holds images, (N, H, W) or (N, H, W, C),
+            as uint8, bool or floats in [0, 1]. An .npz file holds them as ``x`` (or ``x_train``),
+            may hold labels, integers (N,), as ``c`` (or ``c_train``), and may have ``x_test``,
+            ``c_test``, ``x_validation`` and ``c_validation``; a sixth of ``x`` is the test set if
+            it has none.
+        data_dir: where MNIST's four files are, compressed or not, or SVHN's two: in it or in its
+            subdirectory mnist or svhn. By default they come from the directory that the
+            environment variable GUIDEBOOK_DATA names, the user's cache or the network, whichever
+            has them first.
+        num_validation: how many training images to hold out: by default the last 10,000 of MNIST
+            or SVHN, 300 of the digits, a tenth of a file's. The test set does not depend on it.
         progress: whether to show a download if there is a terminal.
 
     Raises:
@@ -101,11 +113,12 @@ def load(
     """
     if num_validation is not None and num_validation < 0:
         raise ValueError(f"num_validation: expected at least 0, got {num_validation}")
-    if name in ("auto", "mnist"):
+    if name in ("auto", *SOURCES):
         try:
-            return _mnist(data_dir, num_validation, progress)
+            source = "mnist" if name == "auto" else name
+            return _from_source(source, data_dir, num_validation, progress)
         except _NotToBeHadError as error:
-            if name == "mnist":
+            if name != "auto":
                 raise
             print(_notice(error), file=sys.stderr, flush=True)
     if name in ("auto", "digits"):
@@ -113,7 +126,8 @@ def load(
     if Path(name).suffix in (".npy", ".npz"):
         return _own(Path(name).expanduser(), num_validation)
     raise ValueError(
-        f"name: expected auto, mnist, digits or the path of an .npy or .npz file, got {name!r}"
+        f"name: expected auto, {', '.join(SOURCES)}, digits or the path of an .npy or .npz file, "
+        f"got {name!r}"
     )
 
 
@@ -145,8 +159,7 @@ def read_idx(
             read, length = gzip.GzipFile(fileobj=stream).read, 1032 * length  # deflate's best
         magic = read(4)
         if magic not in (b"\0\0\x08\1", b"\0\0\x08\2", b"\0\0\x08\3"):
-            got = "a web page" if magic[:1] == b"<" else f"one that begins with {magic!r}"
-            raise _error(path, expected, got if magic else "an empty file")
+            raise _error(path, expected, _got(magic, f"one that begins with {magic!r}"))
         if num_axes not in (None, magic[3]):
             raise _error(path, expected, f"one{_idx_kind(magic[3])}")
         lengths = read(4 * magic[3])
@@ -159,35 +172,38 @@ def read_idx(
         content = _complete(
             path, magic + lengths, read, start + math.prod(shape), length, max_bytes
         )
-    if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
-        raise _error(path, f"content with SHA-256 {sha256}", f"other content, {found}")
+    if sha256 is not None:
+        _require_sum(path, content, sha256)
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 # --- the data sets --------------------------------------------------------------------------------
 
 
-def _mnist(data_dir: str | Path | None, num_validation: int | None, progress: bool) -> Dataset:
+def _from_source(
+    name: str, data_dir: str | Path | None, num_validation: int | None, progress: bool
+) -> Dataset:
+    source = SOURCES[name]
     directory = os.environ.get("GUIDEBOOK_DATA") if data_dir is None else data_dir
-    paths = _find(Path(directory).expanduser()) if directory else {}
-    missing = [name for name in MNIST if name not in paths]
+    paths = _find(name, Path(directory).expanduser()) if directory else {}
+    missing = [file for file in source.sha256 if file not in paths]
     if missing and data_dir is not None:
         raise _error(
             "data_dir",
-            f"MNIST's four files in {data_dir} or its subdirectory mnist, with or without .gz, "
-            f"with -idx or .idx",
+            f"{source.files} in {data_dir} or its subdirectory {name}",
             f"no {', no '.join(missing)}",
             "give the directory that holds them",
         )
-    mirrors: list[str] = [*MIRRORS]
-    arrays = {name: _read_mnist(name, path) for name, path in paths.items()}
-    arrays |= {name: _fetch(name, mirrors, progress) for name in missing}
-    x, c, x_test, c_test = (arrays[name] for name in MNIST)
-    cut = len(x) - _held_out(10_000 if num_validation is None else num_validation, len(x))
-    data = {"x": x, "c": c.astype(np.int32)}
+    mirrors: list[str] = [*MIRRORS[name]]
+    arrays = {file: source.read(file, source.sha256[file], path) for file, path in paths.items()}
+    arrays |= {file: _fetch(name, file, mirrors, progress) for file in missing}
+    parts = itertools.batched((arrays[file] for file in source.sha256), len(source.sha256) // 2)
+    data, test = (functools.reduce(operator.or_, part) for part in parts)
+    num_images = len(data["x"])
+    cut = num_images - _held_out(10_000 if num_validation is None else num_validation, num_images)
     train = {key: value[:cut] for key, value in data.items()}
     validation = {key: value[cut:] for key, value in data.items()}
-    return _dataset("mnist", train, validation, {"x": x_test, "c": c_test.astype(np.int32)})
+    return _dataset(name, train, validation, test)
 
 
 def _digits(num_validation: int | None) -> Dataset:
@@ -274,38 +290,97 @@ def _notice(error: DatasetError) -> str:
     return "\n".join([frame, *(f"!!  {line}" for line in lines), frame])
 
 
-# --- MNIST's files --------------------------------------------------------------------------------
+# --- files from mirrors ---------------------------------------------------------------------------
 
 
 class _NotToBeHadError(DatasetError):
-    """MNIST is not there and cannot be downloaded."""
+    """The files are not there and cannot be downloaded."""
 
 
-def _find(directory: Path) -> dict[str, Path]:
-    """Those of MNIST's files that are in a directory, whatever is in them."""
-    found = {}
-    places = (directory, directory / "mnist")
-    for name, place, mark, end in itertools.product(MNIST, places, "-.", ("", ".gz")):
-        path = place / f"{name.replace('-idx', f'{mark}idx')}{end}"
-        if name not in found and os.path.lexists(path):
-            found[name] = path
+@dataclass(frozen=True)
+class Source:
+    """A data set whose files are in ``MIRRORS``.
+
+    Attributes:
+        files: the files in words, for a message.
+        sha256: what each file's content must have, not compressed by gzip, by the file's name:
+            the training set's files, then as many of the test set's.
+        end: what the mirrors put behind a file's name, and a user may.
+        read: makes ``x``, ``c`` or both of a file, given its name, its SHA-256 and its path.
+    """
+
+    files: str
+    sha256: dict[str, str]
+    end: str
+    read: Callable[[str, str, str | Path], dict[str, np.ndarray]]
+
+
+def _read_mnist(file: str, sha256: str, path: str | Path) -> dict[str, np.ndarray]:
+    is_x = "images" in file
+    array = read_idx(path, num_axes=3 if is_x else 1, sha256=sha256, max_bytes=2**26)
+    return {"x": array} if is_x else {"c": array.astype(np.int32)}
+
+
+def _read_svhn(_: str, sha256: str, path: str | Path) -> dict[str, np.ndarray]:
+    """Reads a MATLAB file of images X, (32, 32, 3, N), and labels y, (N, 1), where 10 is digit 0.
+
+    SciPy's reader is not made for what a stranger may have written. Nothing of the kind gets to
+    it: it is given bytes in memory, after they have been found to have the right SHA-256.
+    """
+    from scipy.io import loadmat  # takes a moment
+
+    with _open(Path(path), "a MATLAB file") as (stream, length):
+        _require_memory(path, length, 2**28)
+        content = stream.read(length)
+        _require_sum(path, content, sha256)
+        arrays = loadmat(io.BytesIO(content))
+        if not arrays.keys() >= {"X", "y"}:
+            names = [name for name in arrays if not name.startswith("__")]
+            raise _error(path, "arrays X and y", ", ".join(names) or "nothing")
+        x, y = arrays["X"], arrays["y"]
+        if x.dtype != np.uint8 or x.shape[:-1] != (32, 32, 3):
+            raise _error(f"{path}: X", "uint8 (32, 32, 3, N)", f"{x.dtype} {x.shape}")
+        if y.dtype.kind not in "iuf" or y.shape != (x.shape[-1], 1):
+            raise _error(f"{path}: y", f"numbers ({x.shape[-1]}, 1)", f"{y.dtype} {y.shape}")
+        if not np.isin(y, range(1, 11)).all():
+            raise _error(f"{path}: y", "labels 1, 2, ..., 10", f"{y.min()} to {y.max()}")
+        x = np.ascontiguousarray(x.transpose(3, 0, 1, 2))
+        return {"x": x, "c": (y[:, 0] % 10).astype(np.int32)}
+
+
+SOURCES = {
+    "mnist": Source(
+        "MNIST's four files, with or without .gz, with -idx or .idx,",
+        MNIST,
+        ".gz",
+        _read_mnist,
+    ),
+    "svhn": Source("SVHN's train_32x32.mat and test_32x32.mat", SVHN, "", _read_svhn),
+}
+
+
+def _find(name: str, directory: Path) -> dict[str, Path]:
+    """Those of a source's files that are in a directory, whatever is in them."""
+    found, source = {}, SOURCES[name]
+    places, ends = (directory, directory / name), ("", source.end)
+    for file, place, mark, end in itertools.product(source.sha256, places, "-.", ends):
+        path = place / f"{file.replace('-idx', f'{mark}idx')}{end}"
+        if file not in found and os.path.lexists(path):
+            found[file] = path
     return found
 
 
-def _read_mnist(name: str, path: str | Path) -> UInt8[np.ndarray, "..."]:
-    num_axes = 3 if "images" in name else 1
-    return read_idx(path, num_axes=num_axes, sha256=MNIST[name], max_bytes=2**26)
-
-
-def _fetch(name: str, mirrors: list[str], progress: bool) -> UInt8[np.ndarray, "..."]:
-    """One of MNIST's files from the user's cache, downloaded if it is missing or bad.
+def _fetch(name: str, file: str, mirrors: list[str], progress: bool) -> dict[str, np.ndarray]:
+    """What one of a source's files holds, from the user's cache; downloaded if missing or bad.
 
     A mirror that fails goes to the end of ``mirrors``, so that the next file tries it last.
     """
-    path, failures = pooch.os_cache("guidebook") / "mnist" / f"{name}.gz", []
+    source, failures = SOURCES[name], []
+    read = functools.partial(source.read, file, source.sha256[file])
+    path = pooch.os_cache("guidebook") / name / f"{file}{source.end}"
     if os.path.lexists(path):
         try:
-            return _read_mnist(name, path)
+            return read(path)
         except DatasetError as error:
             failures.append(f"{error} (it has been removed)")
             _remove(path)
@@ -315,24 +390,24 @@ def _fetch(name: str, mirrors: list[str], progress: bool) -> UInt8[np.ndarray, "
         client = pooch.HTTPDownloader(progressbar=show, chunk_size=2**16, timeout=TIMEOUT)
         client(url, output_file, None)
         try:
-            _read_mnist(name, output_file)
+            read(output_file)
         except DatasetError as error:
             raise ValueError(str(error).replace(output_file, url)) from error
 
     pooch.get_logger().setLevel("WARNING")
     for mirror in tuple(mirrors):
-        url = f"{mirror}{name}.gz"
+        url = f"{mirror}{path.name}"
         try:  # no hash for pooch, as the content's is checked in ``download``
             pooch.retrieve(url, None, path.name, path.parent, downloader=download)
-            return _read_mnist(name, path)
+            return read(path)
         except (ValueError, OSError) as error:
             failures.append(_reason(error, url))
             mirrors.remove(mirror)
             mirrors.append(mirror)
     directory = os.environ.get("GUIDEBOOK_DATA")
     places = f"{directory} (GUIDEBOOK_DATA), in {path.parent}" if directory else path.parent
-    expected = f"{name} in {places} or from a mirror"
-    raise _error("mnist", expected, "; ".join(failures), GET_MNIST, _NotToBeHadError)
+    expected = f"{file} in {places} or from a mirror"
+    raise _error(name, expected, "; ".join(failures), GET_FILES, _NotToBeHadError)
 
 
 def _remove(path: Path) -> None:
@@ -340,8 +415,7 @@ def _remove(path: Path) -> None:
         path.unlink()
     except OSError as error:
         got = f"a bad one that cannot be removed ({error.strerror})"
-        kind = _NotToBeHadError
-        raise _error(path, "a file of MNIST", got, "remove it", kind) from error
+        raise _error(path, "the right file", got, "remove it", _NotToBeHadError) from error
 
 
 def _reason(error: BaseException, url: str) -> str:
@@ -476,6 +550,16 @@ def _error(
     what: object, expected: str, got: str, remedy: str = ANEW, kind: type = DatasetError
 ) -> DatasetError:
     return kind(f"{what}: expected {expected}, got {got}; {remedy}")
+
+
+def _got(content: bytes, other: str) -> str:
+    return {b"": "an empty file", b"<": "a web page"}.get(content[:1], other)
+
+
+def _require_sum(path: object, content: bytes | bytearray, sha256: str) -> None:
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        got = _got(bytes(content[:1]), f"other content, {found}")
+        raise _error(path, f"content with SHA-256 {sha256}", got)
 
 
 def _idx_kind(num_axes: int | None) -> str:

@@ -1,14 +1,14 @@
 """What the experiments on images share: settings, training, judging, the table, the run directory.
 
-An experiment adds its model, its preset table and its pictures: ``experiments/mnist_vae.py``.
+An experiment adds its defaults: ``experiments/mnist_vae.py``, ``experiments/mnist_cvae.py``.
 """
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax import random
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from tabulate import tabulate
 
+from experiments import pictures
 from experiments.datasets import Dataset, load
 from experiments.runs import Run, import_ahead
 from inference import (
@@ -27,10 +28,12 @@ from inference import (
     elbo_terms,
     encode,
     fit,
+    label_check,
     log_likelihood,
     to_datatree,
 )
-from models import guides
+from models import cvae, guides, vae
+from models.conditions import Labels
 from models.likelihoods import LIKELIHOODS
 
 TEST_SEED = 20_150_901  # held-out images are binarised once, the same for every run and seed
@@ -78,6 +81,7 @@ class Config:
         num_test: the first so many of the test images; all unless given.
         preset: the model to start from, by name; the settings from hidden to likelihood change it.
         hidden: units of the decoder's hidden layers, from z to x.
+        channels: of the convolutions between the image and the dense layers, from x to z.
         encoder_hidden: units of the encoder's, from x to z; the decoder's reversed unless given.
         num_latents: dimensions of z.
         activation: relu, tanh, sigmoid, softplus, silu or gelu.
@@ -107,6 +111,7 @@ class Config:
     num_test: int | None = None
     preset: str = "numpyro"
     hidden: tuple[int, ...] | None = None
+    channels: tuple[int, ...] | None = None
     encoder_hidden: tuple[int, ...] | None = None
     num_latents: int | None = None
     activation: str | None = None
@@ -127,11 +132,9 @@ class Config:
     out: Path | None = None
     progress: bool = True
 
-    presets: ClassVar[Mapping[str, Any]] = {}
-
     def __post_init__(self):
         for name, table in (
-            ("preset", self.presets),
+            ("preset", vae.PRESETS),
             ("activation", ACTIVATIONS),
             ("likelihood", LIKELIHOODS),
             ("objective", OBJECTIVES),
@@ -159,20 +162,20 @@ class Config:
         if self.seed < 0:
             raise ValueError(f"seed: expected at least 0, got {self.seed}")
 
-    def data(self, *, labels: bool) -> Dataset:
-        """Grey images, split into training, validation and test, with or without their labels."""
-        dataset = load(
+    def data(self) -> Dataset:
+        """Grey or colour images, split into training, validation and test."""
+        return self._first(self._load(), ["x"])
+
+    def _load(self) -> Dataset:
+        return load(
             self.dataset,
             data_dir=self.data_dir,
             num_validation=self.num_validation,
             progress=self.progress,
         )
-        if labels and dataset.num_classes is None:
-            raise ValueError(
-                f"dataset: expected labels, and {dataset.name} has none; add them to the file as "
-                f"c, or train a model without conditions"
-            )
-        names = ("x", "c") if labels else ("x",)
+
+    def _first(self, dataset: Dataset, names: Sequence[str]) -> Dataset:
+        """As many data as were asked for, of the arrays ``names``."""
 
         def first(arrays: dict[str, np.ndarray], count: int | None) -> dict[str, np.ndarray]:
             return {name: arrays[name][:count] for name in names}
@@ -184,17 +187,63 @@ class Config:
             test=first(dataset.test, self.num_test),
         )
 
-    def model(self, dataset: Dataset, **others: Any) -> Any:
+    def model(self, dataset: Dataset) -> Any:
         """The preset, with the settings that were given."""
-        changes = {name: getattr(self, name) for name in ("hidden", "num_latents", "dtype")}
+        return self._change(vae.PRESETS[self.preset], dataset)
+
+    def _change(self, preset: Any, dataset: Dataset) -> Any:
+        names = ("hidden", "channels", "num_latents", "dtype")
+        changes = {name: getattr(self, name) for name in names}
         changes["activation"] = ACTIVATIONS.get(self.activation or "")
         changes["likelihood"] = LIKELIHOODS.get(self.likelihood or "")
         changes = {name: value for name, value in changes.items() if value is not None}
-        return replace(self.presets[self.preset], x_shape=dataset.x_shape, **changes, **others)
+        return replace(preset, x_shape=dataset.x_shape, **changes)
 
     def guide(self, model: Any) -> Any:
         """The guide of the model."""
         return guides.mean_field(model, self.encoder_hidden)
+
+
+@dataclass(frozen=True)
+class LabelConfig(Config):
+    """Settings of an experiment on images given their label.
+
+    Attributes:
+        prior: standard, or learned for a prior network that sees the label.
+        num_embedded: length of a learned vector that stands for a label; one-hot unless given.
+        num_label_samples: importance samples per test image and label, for the check of labels.
+    """
+
+    prior: str = "standard"
+    num_embedded: int | None = None
+    num_label_samples: int = 100
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.prior not in ("standard", "learned"):
+            raise ValueError(f"prior: expected standard or learned, got {self.prior!r}")
+        for name in ("num_embedded", "num_label_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+
+    def data(self) -> Dataset:
+        """Images and their labels, split into training, validation and test."""
+        dataset = self._load()
+        if dataset.num_classes is None:
+            raise ValueError(
+                f"dataset: expected labels, and {dataset.name} has none; add them to the file as "
+                f"c, or train a model without conditions"
+            )
+        return self._first(dataset, ["x", "c"])
+
+    def model(self, dataset: Dataset) -> Any:
+        """The preset, with the settings that were given."""
+        return replace(
+            self._change(cvae.PRESETS[self.preset], dataset),
+            condition=Labels(dataset.num_classes or 0, self.num_embedded),
+            prior_hidden=() if self.prior == "learned" else None,
+        )
 
 
 def held_out(model: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,11 +286,6 @@ def train(
     )
 
 
-def of_seed(params: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """The parameters of one seed."""
-    return jax.tree.map(lambda p: p[i], dict(params))
-
-
 def judge(
     config: Config, model: Any, guide: Any, params: Mapping[str, Any], test: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -249,7 +293,7 @@ def judge(
     key = random.fold_in(random.key(TEST_SEED), config.seed)
     judged = {"terms": [], "log_likelihood": [], "z": []}
     for i in range(config.num_seeds):
-        seed_params = of_seed(params, i)
+        seed_params = pictures.of_seed(params, i)
         common = (model, guide, seed_params, test)
         judged["terms"].append(elbo_terms(*common, key=key, num_samples=10))
         judged["log_likelihood"].append(
@@ -360,26 +404,18 @@ def table(result: dict[str, Any], published: tuple[float, str] | None) -> str:
 
 
 def run(
-    name: str,
-    config: Config,
-    dataset: Dataset,
-    model: Any,
-    *,
-    draw: Callable[..., None],
-    more: Callable[..., dict[str, Any]] | None = None,
-    published: tuple[float, str] | None = None,
+    name: str, config: Config, published: Mapping[str, tuple[float, str]] | None = None
 ) -> dict[str, Any]:
     """Trains, judges, draws and writes; or reads what the same command wrote before.
 
     Args:
         name: the experiment's.
-        config, dataset, model: what to train on what.
-        draw: (result, model, guide, fitted, test data, directory), draws the figures.
-        more: (model, guide, parameters of the first seed, test data), further entries of the
-            result.
-        published: a log-likelihood and where it stands.
+        config: a ``LabelConfig`` for images given their label.
+        published: by preset, a log-likelihood of MNIST and where it stands.
     """
     began = time.perf_counter()
+    dataset = config.data()
+    model = config.model(dataset)
     directory = Run(name, config)
     result = directory.read("result.json")
     if result is None:
@@ -390,16 +426,39 @@ def run(
         test = held_out(model, dataset.test)
         judged = judge(config, model, guide, fitted.params, test)
         result = summarize(name, config, model, fitted, judged, dataset)
-        if more is not None:
-            result |= more(model, guide, of_seed(fitted.params, 0), test)
+        if isinstance(config, LabelConfig):
+            result["labels"] = check_labels(config, model, guide, fitted, test)
         result["seconds"]["evaluate"] = time.perf_counter() - judging
-        draw(result, model, guide, fitted, test, directory.path)
+        pictures.draw(result, model, guide, fitted, test, directory.path)
         write_trace(directory.path / "trace.nc", fitted, judged, test, result)
         result["seconds"]["total"] = time.perf_counter() - began
         directory.write("result.json", result)
-    print(table(result, published))
+    target = (published or {}).get(config.preset) if dataset.name == "mnist" else None
+    print(table(result, target))
     print(f"written to {directory.path}")
     return result
+
+
+def check_labels(
+    config: LabelConfig, model: Any, guide: Any, fitted: Fit, test: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the first seed's model knows of the labels."""
+    num_classes = model.condition.num_classes
+    check = label_check(
+        model,
+        guide,
+        pictures.of_seed(fitted.params, 0),
+        test,
+        num_classes,
+        key=random.key(config.seed),
+        num_samples=config.num_label_samples,
+        progress=config.progress,
+    )
+    return {
+        "information": estimate([check.information]),
+        "greatest_information": float(np.log(num_classes)),
+        "accuracy": estimate([check.accuracy]),
+    }
 
 
 def write_trace(

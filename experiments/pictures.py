@@ -4,11 +4,46 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
 
 from inference import Fit, decode, encode, interpolate, reconstruct, sample, traverse
+
+
+def of_seed(params: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The parameters of one seed."""
+    return jax.tree.map(lambda p: p[i], dict(params))
+
+
+def draw(
+    result: Mapping[str, Any],
+    model: Any,
+    guide: Any,
+    fitted: Fit,
+    test: Mapping[str, Any],
+    directory: Path,
+) -> None:
+    """The figures of a run, of its first seed but for the traces.
+
+    Args:
+        result: as in ``result.json``.
+        model, guide, fitted: what was trained.
+        test: held-out data as the programs take them.
+        directory: where the figures go.
+    """
+    params, dataset = of_seed(fitted.params, 0), result["dataset"]
+    labels, last = None, None
+    if "c" in test:
+        labels = np.arange(model.condition.num_classes, dtype=test["c"].dtype)
+        last = labels[-1]
+    draw_elbo(fitted, result, directory / "elbo.png")
+    draw_reconstructions(model, guide, params, test, dataset, directory / "reconstructions.png")
+    draw_samples(model, params, dataset, directory / "samples.png", labels)
+    per_dim = result["kl_per_dim"]["estimate"]
+    draw_latents(model, params, per_dim, dataset, directory / "latents.png", last)
+    draw_interpolations(model, guide, params, test, dataset, directory / "interpolations.png")
 
 
 def to_grey(model: Any, x: Any) -> np.ndarray:

@@ -60,7 +60,7 @@ class Model:
         condition: what c is, an object of ``models.conditions``.
         prior_hidden: units of the hidden layers of the prior network, () for an affine map of
             the condition's features; None for a standard normal prior.
-        x_shape, num_latents, hidden, activation, likelihood, dtype: as in ``models.vae``.
+        x_shape, num_latents, hidden, channels, activation, likelihood, dtype: as in ``models.vae``.
 
     Raises:
         ValueError: a size that is not positive, or another dtype.
@@ -71,6 +71,7 @@ class Model:
     x_shape: tuple[int, ...] = (28, 28)
     num_latents: int = 20
     hidden: tuple[int, ...] = (500,)
+    channels: tuple[int, ...] = ()
     activation: Activation = jax.nn.relu
     likelihood: Likelihood = Bernoulli()
     dtype: str = "float32"
@@ -102,14 +103,5 @@ class Model:
             numpyro.sample("x", x_given_z, obs=x)
 
 
-def _conditional(model: vae.Model) -> Model:
-    return Model(
-        num_latents=model.num_latents,
-        hidden=model.hidden,
-        activation=model.activation,
-        likelihood=model.likelihood,
-    )
-
-
-# The models of models/vae.py, given the label. hericks' is the seed that has both.
-PRESETS = {name: _conditional(model) for name, model in vae.PRESETS.items()}
+# The models of models/vae.py, given a label out of ten. hericks' example has both.
+PRESETS = {name: Model(**vars(model)) for name, model in vae.PRESETS.items()}

@@ -102,18 +102,19 @@ class Decoder(nnx.Module):
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
         self.outputs = (config.likelihood.num_outputs, *config.x_shape)
         self.features = _features(config, rngs)
-        sizes = (
-            config.num_latents + _num_features(config),
-            *config.hidden,
-            math.prod(self.outputs),
-        )
+        self.grow = Grow(config, rngs=rngs) if config.channels else None
+        num_outputs = math.prod(_smallest(config)) if config.channels else math.prod(self.outputs)
+        sizes = (config.num_latents + _num_features(config), *config.hidden, num_outputs)
         self.mlp = MLP(sizes, config.activation, config.dtype, rngs=rngs)
 
     def __call__(
         self, z: Float[Array, "N z"], c: Num[Array, "N ..."] | None = None
     ) -> Float[Array, "N k ..."]:
         """(N, num_outputs, *x_shape)."""
-        return self.mlp(_join(z, c, self.features)).reshape(-1, *self.outputs)
+        h = self.mlp(_join(z, c, self.features))
+        if self.grow is not None:
+            h = self.grow(h)
+        return h.reshape(-1, *self.outputs)
 
 
 class Encoder(nnx.Module):
@@ -123,16 +124,87 @@ class Encoder(nnx.Module):
         low, high = config.likelihood.low, config.likelihood.high
         self.shift, self.stretch = low, 1 / (high - low)
         self.features = _features(config, rngs)
-        num_inputs = math.prod(config.x_shape) + _num_features(config)
-        sizes = (num_inputs, *hidden, config.num_latents)
+        self.shrink = Shrink(config, rngs=rngs) if config.channels else None
+        num_inputs = math.prod(_smallest(config)) if config.channels else math.prod(config.x_shape)
+        sizes = (num_inputs + _num_features(config), *hidden, config.num_latents)
         self.mlp = GaussianMLP(sizes, config.activation, config.dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "N ..."], c: Num[Array, "N ..."] | None = None
     ) -> tuple[Float[Array, "N z"], Float[Array, "N z"]]:
         """Each (N, num_latents)."""
-        x = (x.reshape(len(x), -1) - self.shift) * self.stretch
-        return self.mlp(_join(x, c, self.features))
+        x = (x - self.shift) * self.stretch
+        if self.shrink is not None:
+            x = self.shrink(x)
+        return self.mlp(_join(x.reshape(len(x), -1), c, self.features))
+
+
+# Convolutions normalise their output over groups of channels (Wu & He 2018). Batch normalisation
+# would make a datum's ELBO depend on its batch, and its running averages would be a state that the
+# particles of one step disagree on: it has no place in a program.
+
+
+class Shrink(nnx.Module):
+    """Convolutions of stride 2, each halving the image, from an image to its features."""
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        self.shape = (*config.x_shape[:2], _num_channels(config))
+        sizes = (self.shape[-1], *config.channels)
+        self.layers = nnx.List(
+            nnx.Conv(n, m, (3, 3), strides=2, dtype=jnp.dtype(config.dtype), rngs=rngs)
+            for n, m in itertools.pairwise(sizes)
+        )
+        self.norms = nnx.List(_norm(m, config.dtype, rngs) for m in config.channels)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "N ..."]) -> Float[Array, "N h w m"]:
+        """(N, *x_shape) to (N, height / 2^k, width / 2^k, channels[-1])."""
+        x = x.reshape(-1, *self.shape)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = self.activation(norm(layer(x)))
+        return x.astype(jnp.float32)
+
+
+class Grow(nnx.Module):
+    """The way back: convolutions whose channels become pixels (Shi et al. 2016, section 3.2)."""
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        self.shape = _smallest(config)
+        self.num_outputs = config.likelihood.num_outputs
+        sizes = (*config.channels[::-1], self.num_outputs * _num_channels(config))
+        self.norms = nnx.List(_norm(m, config.dtype, rngs) for m in sizes[:-1])
+        self.layers = nnx.List(
+            nnx.Conv(n, 4 * m, (3, 3), dtype=jnp.dtype(config.dtype), rngs=rngs)
+            for n, m in itertools.pairwise(sizes)
+        )
+        self.activation = config.activation
+
+    def __call__(self, h: Float[Array, "N n"]) -> Float[Array, "N k height width m"]:
+        """Features (N, h * w * channels[-1]) to (N, num_outputs, height, width, channels)."""
+        h = h.reshape(-1, *self.shape)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            h = layer(self.activation(norm(h)))
+            size, height, width, num_channels = h.shape
+            h = h.reshape(size, height, width, 2, 2, num_channels // 4)
+            h = h.transpose(0, 1, 3, 2, 4, 5).reshape(size, 2 * height, 2 * width, -1)
+        h = h.reshape(*h.shape[:-1], self.num_outputs, -1).astype(jnp.float32)
+        return jnp.moveaxis(h, 3, 1)
+
+
+def _norm(num_channels: int, dtype: str, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    num_groups = math.gcd(num_channels, 8)
+    return nnx.GroupNorm(num_channels, num_groups, dtype=jnp.dtype(dtype), rngs=rngs)
+
+
+def _num_channels(config: Any) -> int:
+    return math.prod(config.x_shape[2:])
+
+
+def _smallest(config: Any) -> tuple[int, int, int]:
+    """Height, width and channels of the features between convolutions and dense layers."""
+    factor = 2 ** len(config.channels)
+    height, width = config.x_shape[:2]
+    return height // factor, width // factor, config.channels[-1]
 
 
 class PriorNetwork(nnx.Module):
@@ -171,12 +243,20 @@ def check_sizes(config: Any) -> None:
         ("x_shape", config.x_shape),
         ("num_latents", (config.num_latents,)),
         ("hidden", hidden),
+        ("channels", config.channels),
     ):
         if any(size < 1 for size in sizes):
             raise ValueError(f"{name}: expected positive sizes, got {getattr(config, name)}")
     if len(config.x_shape) not in (2, 3):
         raise ValueError(
             f"x_shape: expected (height, width) or (height, width, channels), got {config.x_shape}"
+        )
+    factor = 2 ** len(config.channels)
+    if any(side % factor for side in config.x_shape[:2]):
+        raise ValueError(
+            f"x_shape: expected sides that {factor} divides, for {len(config.channels)} "
+            f"convolutions that halve them, got {config.x_shape}; give fewer channels, or crop or "
+            f"pad the images"
         )
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f'dtype: expected "float32" or "bfloat16", got {config.dtype!r}')

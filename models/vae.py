@@ -14,8 +14,8 @@ Both are trained to maximise the ELBO (Kingma & Welling, equation 3),
 
     log p(x)  >=  E_q [ log p(x | z) ] - KL( q(z | x) || p(z) ),
 
-reconstruction minus divergence. Networks are multilayer perceptrons, and the likelihood is any of
-``models/likelihoods.py``.
+reconstruction minus divergence. Networks are multilayer perceptrons, with convolutions between them
+and the image where ``channels`` are given, and the likelihood is any of ``models/likelihoods.py``.
 
 | on paper        | in code                      | what it is                                      |
 |-----------------|------------------------------|-------------------------------------------------|
@@ -41,7 +41,7 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
-from models.likelihoods import Bernoulli, Gaussian, Likelihood
+from models.likelihoods import Bernoulli, Gaussian, GaussianIdentity, Likelihood
 from models.networks import Activation, Decoder, check_images, check_sizes, network
 
 # --- configuration, model -------------------------------------------------------------------------
@@ -55,6 +55,8 @@ class Model:
         x_shape: of an image: (height, width) or (height, width, channels).
         num_latents: the dimensions of z.
         hidden: units of the decoder's hidden layers, from z to x.
+        channels: of the convolutions that stand between the image and the dense layers, from x to
+            z, each of which halves the image; () for none.
         activation: after each hidden layer, a function of arrays.
         likelihood: p(x | z), an object of ``models.likelihoods``.
         dtype: in which the networks compute, "float32" or "bfloat16"; parameters and the
@@ -67,6 +69,7 @@ class Model:
     x_shape: tuple[int, ...] = (28, 28)
     num_latents: int = 20
     hidden: tuple[int, ...] = (500,)
+    channels: tuple[int, ...] = ()
     activation: Activation = jax.nn.relu
     likelihood: Likelihood = Bernoulli()
     dtype: str = "float32"
@@ -103,5 +106,13 @@ PRESETS = {
     "kingma": Model(num_latents=20, hidden=(500,), activation=jnp.tanh),
     "kingma-gaussian": Model(
         num_latents=20, hidden=(200,), activation=jnp.tanh, likelihood=Gaussian()
+    ),
+    # A convolutional one for colour images on [-1, 1]: 32 latents, identity covariance
+    "svhn": Model(
+        x_shape=(32, 32, 3),
+        num_latents=32,
+        hidden=(256,),
+        channels=(32, 64, 128),
+        likelihood=GaussianIdentity(low=-1.0),
     ),
 }

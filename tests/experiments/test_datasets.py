@@ -1,5 +1,6 @@
 """The data sets: the right arrays or an error that says what to do, whatever a file holds."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -21,12 +22,14 @@ from pathlib import Path
 import numpy as np
 import pooch
 import pytest
+import scipy.io
 
 from experiments import datasets
 from experiments.datasets import DatasetError, load, read_idx
 
 GIVEN = os.environ.get("GUIDEBOOK_DATA")
 TRAIN_X, TRAIN_C, TEST_X, TEST_C = datasets.MNIST
+TRAIN_MAT, TEST_MAT = datasets.SVHN
 REMEDY = r"; .+"
 HTML = b"<!DOCTYPE html>\n<html><body>Please sign in</body></html>"
 
@@ -108,8 +111,15 @@ def _nothing_of_the_users(tmp_path, monkeypatch, nobody):
     monkeypatch.delenv("GUIDEBOOK_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(datasets, "MIRRORS", (nobody, f"{nobody}too/"))
+    monkeypatch.setattr(
+        datasets, "MIRRORS", dict.fromkeys(datasets.MIRRORS, (nobody, f"{nobody}too/"))
+    )
     monkeypatch.setattr(datasets, "_half_of_memory", lambda: 10**9)
+
+
+def count_as(table, contents, monkeypatch):
+    for name, content in contents.items():
+        monkeypatch.setitem(table, name, hashlib.sha256(content).hexdigest())
 
 
 @pytest.fixture
@@ -122,8 +132,7 @@ def small(monkeypatch):
         TEST_X: idx(rng.integers(0, 256, (20, 6, 5))),
         TEST_C: idx(np.arange(20) % 10),
     }
-    for name, content in contents.items():
-        monkeypatch.setitem(datasets.MNIST, name, hashlib.sha256(content).hexdigest())
+    count_as(datasets.MNIST, contents, monkeypatch)
     return contents
 
 
@@ -139,12 +148,12 @@ class Mirrors(http.server.ThreadingHTTPServer):
     "silence".
     """
 
-    def __init__(self, contents):
+    def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers = {
-            f"/{mirror}/{name}.gz": packed(content)
+            f"/{mirror}/{name}": content
             for mirror in ("one", "two")
-            for name, content in contents.items()
+            for name, content in files.items()
         }
         self.requests = []
         self.closing = threading.Event()
@@ -173,17 +182,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def mirrors(small, monkeypatch):
-    server = Mirrors(small)
+@contextlib.contextmanager
+def serving(files):
+    server = Mirrors(files)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
-    monkeypatch.setattr(datasets, "MIRRORS", server.urls())
     yield server
     server.closing.set()
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def mirrors(small, monkeypatch):
+    with serving({f"{name}.gz": packed(content) for name, content in small.items()}) as server:
+        monkeypatch.setitem(datasets.MIRRORS, "mnist", server.urls())
+        yield server
 
 
 def load_small(**settings):
@@ -458,13 +473,13 @@ def test_the_cache_works_offline_and_is_where_xdg_says(
     tmp_path, small, mirrors, monkeypatch, nobody
 ):
     load_small()
-    here = datasets.MIRRORS
-    monkeypatch.setattr(datasets, "MIRRORS", (nobody,))
+    here = datasets.MIRRORS["mnist"]
+    monkeypatch.setitem(datasets.MIRRORS, "mnist", (nobody,))
     require_small(load_small(), small)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     with pytest.raises(DatasetError):
         load_small()
-    monkeypatch.setattr(datasets, "MIRRORS", here)
+    monkeypatch.setitem(datasets.MIRRORS, "mnist", here)
     require_small(load_small(), small)
     assert len(list((tmp_path / "elsewhere" / "guidebook" / "mnist").iterdir())) == 4
 
@@ -501,17 +516,17 @@ def test_a_bad_mirror_is_passed_over_and_leaves_nothing(small, mirrors, cache, k
     mirrors.answers[f"/two/{TRAIN_X}.gz"] = answer
     with pytest.raises(DatasetError) as caught:
         load_small()
-    one, two = (f"{url}{TRAIN_X}.gz" for url in datasets.MIRRORS)
+    one, two = (f"{url}{TRAIN_X}.gz" for url in datasets.MIRRORS["mnist"])
     message = str(caught.value)
     assert message.index(TRAIN_X) < message.index(one) < message.index(two)
     assert len(list(re.finditer(got, message))) == 2
-    assert message.endswith(datasets.GET_MNIST)
+    assert message.endswith(datasets.GET_FILES)
     assert str(cache) + "/" not in message
     assert list(cache.iterdir()) == []
 
 
 def test_an_unreachable_mirror_is_passed_over(small, mirrors, monkeypatch, nobody):
-    monkeypatch.setattr(datasets, "MIRRORS", (nobody, datasets.MIRRORS[1]))
+    monkeypatch.setitem(datasets.MIRRORS, "mnist", (nobody, datasets.MIRRORS["mnist"][1]))
     require_small(load_small(), small)
 
 
@@ -541,7 +556,7 @@ def test_a_bad_file_in_the_cache_is_replaced(small, mirrors, cache, kind, monkey
     assert mirrors.requests[4:] == [f"/one/{TEST_X}.gz"]
     assert path.read_bytes() == right
     BAD_CACHED[kind](path)
-    monkeypatch.setattr(datasets, "MIRRORS", (nobody,))
+    monkeypatch.setitem(datasets.MIRRORS, "mnist", (nobody,))
     with pytest.raises(DatasetError, match=f"{path}: .* removed.*{nobody}.*refused"):
         load_small()
     assert not os.path.lexists(path)
@@ -586,7 +601,8 @@ def test_sizes_of_mnist(tmp_path, small):
 
 
 @pytest.mark.skipif(
-    not GIVEN or len(datasets._find(Path(GIVEN))) < 4, reason="GUIDEBOOK_DATA holds no MNIST"
+    not GIVEN or len(datasets._find("mnist", Path(GIVEN))) < 4,
+    reason="GUIDEBOOK_DATA holds no MNIST",
 )
 def test_the_real_mnist(monkeypatch):
     began = time.perf_counter()
@@ -601,6 +617,291 @@ def test_the_real_mnist(monkeypatch):
     x = load("mnist", data_dir=GIVEN, num_validation=0).train["x"]
     assert x.shape == (60_000, 28, 28)
     assert x.mean() == pytest.approx(33.318421449829934, rel=1e-12)
+
+
+# --- SVHN -----------------------------------------------------------------------------------------
+
+
+def mat(compressed=True, **arrays):
+    stream = io.BytesIO()
+    scipy.io.savemat(stream, arrays, do_compression=compressed)
+    return stream.getvalue()
+
+
+def svhn_arrays(num):
+    x = np.random.default_rng(num).integers(0, 256, (32, 32, 3, num), np.uint8)
+    return {"X": x, "y": (np.arange(num, dtype=np.uint8) % 10 + 1).reshape(num, 1)}
+
+
+@pytest.fixture
+def svhn(monkeypatch):
+    """Two files that count as SVHN, by name."""
+    contents = {
+        TRAIN_MAT: mat(**svhn_arrays(30)),
+        TEST_MAT: mat(compressed=False, **svhn_arrays(20)),
+    }
+    count_as(datasets.SVHN, contents, monkeypatch)
+    return contents
+
+
+@pytest.fixture
+def svhn_cache(cache):
+    return cache.parent / "svhn"
+
+
+@pytest.fixture
+def svhn_mirror(svhn, monkeypatch):
+    with serving(svhn) as server:
+        monkeypatch.setitem(datasets.MIRRORS, "svhn", server.urls()[:1])
+        yield server
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """What SciPy's reader is given."""
+    given, original = [], scipy.io.loadmat
+
+    def loadmat(stream, **settings):
+        given.append(stream.getvalue())
+        return original(stream, **settings)
+
+    monkeypatch.setattr(scipy.io, "loadmat", loadmat)
+    return given
+
+
+def load_svhn(**settings):
+    return load("svhn", num_validation=10, progress=False, **settings)
+
+
+def require_svhn(loaded):
+    """That ``loaded`` is what the files of ``svhn`` hold."""
+    x, x_test = (np.moveaxis(svhn_arrays(num)["X"], 3, 0) for num in (30, 20))
+    c = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 0] * 3, np.int32)
+    assert same(loaded.train, {"x": x[:20], "c": c[:20]})
+    assert same(loaded.validation, {"x": x[20:], "c": c[20:]})
+    assert same(loaded.test, {"x": x_test, "c": c[:20]})
+    assert (loaded.name, loaded.num_classes, loaded.x_shape) == ("svhn", 10, (32, 32, 3))
+
+
+@pytest.mark.parametrize("place", ["", "svhn"])
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_svhn_is_read_from_a_directory(tmp_path, svhn, monkeypatch, place, by, svhn_cache):
+    for name, content in svhn.items():
+        write(tmp_path / place / name, content)
+    if by == "environment":
+        monkeypatch.setenv("GUIDEBOOK_DATA", str(tmp_path))
+    require_svhn(load_svhn(data_dir=tmp_path if by == "argument" else None))
+    assert not svhn_cache.exists()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_pixels_and_labels_of_svhn_are_where_they_belong(tmp_path, monkeypatch, compressed):
+    x, y = np.zeros((32, 32, 3, 4), np.uint8), np.array([[10], [1], [9], [10]], np.uint8)
+    pixels = {(3, 7, 1, 0): 11, (7, 3, 2, 0): 12, (31, 0, 0, 1): 13, (0, 31, 0, 3): 14}
+    for place, value in pixels.items():
+        x[place] = value
+    contents = {name: mat(compressed, X=x, y=y) for name in datasets.SVHN}
+    count_as(datasets.SVHN, contents, monkeypatch)
+    for name, content in contents.items():
+        write(tmp_path / name, content)
+    loaded = load("svhn", data_dir=tmp_path, num_validation=0)
+    for part in (loaded.train, loaded.test):
+        for (row, column, channel, image), value in pixels.items():
+            assert part["x"][image, row, column, channel] == value
+        assert part["x"].sum() == 50
+        assert (part["x"].shape, part["x"].dtype) == ((4, 32, 32, 3), np.uint8)
+        assert part["x"].flags.c_contiguous
+        assert part["x"].flags.writeable
+        assert part["c"].dtype == np.int32
+        assert list(part["c"]) == [0, 1, 9, 0]
+
+
+def test_sizes_of_svhn(tmp_path, svhn, monkeypatch):
+    x, y = np.zeros((32, 32, 3, 10_003), np.uint8), np.ones((10_003, 1), np.uint8)
+    y[3:] = 2
+    contents = svhn | {TRAIN_MAT: mat(X=x, y=y)}
+    count_as(datasets.SVHN, contents, monkeypatch)
+    for name, content in contents.items():
+        write(tmp_path / name, content)
+    loaded = load("svhn", data_dir=tmp_path)
+    assert [len(part["x"]) for part in (loaded.train, loaded.validation, loaded.test)] == [
+        3,
+        10_000,
+        20,
+    ]
+    assert set(loaded.train["c"]) == {1}
+    assert set(loaded.validation["c"]) == {2}
+    loaded = load("svhn", data_dir=tmp_path, num_validation=0)
+    assert (len(loaded.train["x"]), loaded.validation) == (10_003, None)
+    with pytest.raises(ValueError, match=r"num_validation: expected 0 to 10002, .*got 10003"):
+        load("svhn", data_dir=tmp_path, num_validation=10_003)
+
+
+def test_a_directory_without_svhn_names_its_files(tmp_path, svhn):
+    write(tmp_path / TRAIN_MAT, svhn[TRAIN_MAT])
+    with pytest.raises(DatasetError) as caught:
+        load("svhn", data_dir=tmp_path)
+    message = str(caught.value)
+    assert f"{tmp_path} or its subdirectory svhn, got no {TEST_MAT}; give" in message
+    assert f"no {TRAIN_MAT}" not in message
+
+
+def test_auto_is_never_svhn(tmp_path, svhn, monkeypatch):
+    for name, content in svhn.items():
+        write(tmp_path / name, content)
+    monkeypatch.setenv("GUIDEBOOK_DATA", str(tmp_path))
+    assert load().name == "digits"
+
+
+def test_svhn_is_downloaded_once(svhn_mirror, svhn, svhn_cache, monkeypatch, nobody, capsys):
+    require_svhn(load_svhn())
+    assert svhn_mirror.requests == [f"/one/{TRAIN_MAT}", f"/one/{TEST_MAT}"]
+    assert {path.name: path.read_bytes() for path in svhn_cache.iterdir()} == svhn
+    monkeypatch.setitem(datasets.MIRRORS, "svhn", (nobody,))
+    require_svhn(load_svhn())
+    assert capsys.readouterr() == ("", "")
+
+
+BAD_MAT = {
+    "web page": (HTML, "a web page"),
+    "empty": (b"", "an empty file"),
+    "no .mat": (b"thesis" * 100, "other content, "),
+    "truncated": (mat(**svhn_arrays(30))[:-1], "other content, "),
+    "trailing": (mat(**svhn_arrays(30)) + b"\0", "other content, "),
+    "foreign": (mat(**svhn_arrays(31)), "other content, "),
+    "packed": (packed(mat(**svhn_arrays(30))), "other content, "),
+}
+
+
+@pytest.mark.parametrize("kind", [*BAD_MAT, "missing", "cut"])
+def test_a_bad_delivery_of_svhn_leaves_nothing(svhn_mirror, svhn, svhn_cache, kind, parsed):
+    others = {"missing": (404, "404 Client Error"), "cut": ("cut", "IncompleteRead|prematurely")}
+    answer, got = (BAD_MAT | others)[kind]
+    svhn_mirror.answers[f"/one/{TRAIN_MAT}"] = answer
+    with pytest.raises(DatasetError) as caught:
+        load_svhn()
+    message = str(caught.value)
+    assert message.startswith(f"svhn: expected {TRAIN_MAT} in {svhn_cache} or from a mirror, got ")
+    assert f"{datasets.MIRRORS['svhn'][0]}{TRAIN_MAT}" in message
+    assert re.search(got, message)
+    assert message.endswith(datasets.GET_FILES)
+    assert kind not in BAD_MAT or datasets.SVHN[TRAIN_MAT] in message
+    assert list(svhn_cache.iterdir()) == []
+    assert parsed == []
+    svhn_mirror.answers[f"/one/{TRAIN_MAT}"] = svhn[TRAIN_MAT]
+    require_svhn(load_svhn())
+    assert set(parsed) == set(svhn.values())
+
+
+@pytest.mark.parametrize("kind", BAD_MAT)
+def test_a_bad_svhn_in_the_cache_is_replaced(svhn_mirror, svhn, svhn_cache, kind, parsed):
+    write(svhn_cache / TEST_MAT, BAD_MAT[kind][0])
+    require_svhn(load_svhn())
+    assert {path.name: path.read_bytes() for path in svhn_cache.iterdir()} == svhn
+    assert set(parsed) == set(svhn.values())
+
+
+@pytest.mark.parametrize("kind", BAD_MAT)
+def test_a_bad_svhn_in_a_directory_is_an_error_and_is_not_parsed(
+    tmp_path, svhn_mirror, svhn, monkeypatch, kind, parsed
+):
+    content, got = BAD_MAT[kind]
+    write(tmp_path / TRAIN_MAT, content)
+    write(tmp_path / "svhn" / TEST_MAT, svhn[TEST_MAT])
+    monkeypatch.setenv("GUIDEBOOK_DATA", str(tmp_path))
+    expected = f"content with SHA-256 {datasets.SVHN[TRAIN_MAT]}"
+    for directory in (tmp_path, None):
+        with pytest.raises(DatasetError, match=f"/{TRAIN_MAT}: expected {expected}, got {got}.*;"):
+            load_svhn(data_dir=directory)
+    assert parsed == []
+    assert svhn_mirror.requests == []
+    assert (tmp_path / TRAIN_MAT).read_bytes() == content
+
+
+def test_svhn_of_an_impossible_size_is_not_read(tmp_path, svhn):
+    write(tmp_path / TEST_MAT, svhn[TEST_MAT])
+    with (tmp_path / TRAIN_MAT).open("wb") as stream:
+        stream.truncate(2**28 + 1)
+
+    def read():
+        expected = f"{TRAIN_MAT}: expected at most 268,435,456 bytes, got .*268,435,457{REMEDY}"
+        with pytest.raises(DatasetError, match=expected):
+            load_svhn(data_dir=tmp_path)
+
+    assert peak_memory(read) < 1e6
+
+
+def test_svhn_takes_the_memory_of_its_file_and_twice_its_images(tmp_path, svhn, monkeypatch):
+    contents = {name: mat(**svhn_arrays(num)) for name, num in ((TRAIN_MAT, 999), (TEST_MAT, 9))}
+    count_as(datasets.SVHN, contents, monkeypatch)
+    for name, content in contents.items():
+        write(tmp_path / name, content)
+    images = 32 * 32 * 3 * 999
+    assert peak_memory(lambda: load_svhn(data_dir=tmp_path)) < 3.2 * images + 1e6
+
+
+X, Y = svhn_arrays(12).values()
+BAD_SVHN = {
+    "no X": (mat(y=Y, x=X), r": expected arrays X and y, got y, x;"),
+    "no y": (mat(X=X), r": expected arrays X and y, got X;"),
+    "nothing": (mat(), r": expected arrays X and y, got nothing;"),
+    "dtype": (
+        mat(X=X.astype(np.uint16), y=Y),
+        r": X: expected uint8 \(32, 32, 3, N\), got uint16 \(32, 32, 3, 12\);",
+    ),
+    "floats": (mat(X=X / 255, y=Y), r": X: expected uint8 .*, got float64 .*;"),
+    "text": (mat(X="thesis", y=Y), r": X: expected uint8 .*, got <U6 \(1,\);"),
+    "record": (mat(X={"a": 1}, y=Y), r": X: expected uint8 .*, got .*;"),
+    "images first": (
+        mat(X=X.transpose(3, 0, 1, 2), y=Y),
+        r": X: expected uint8 \(32, 32, 3, N\), got uint8 \(12, 32, 32, 3\);",
+    ),
+    "grey": (mat(X=X[:, :, 0], y=Y), r": X: expected .*, got uint8 \(32, 32, 12\);"),
+    "small": (mat(X=X[:31], y=Y), r": X: expected .*, got uint8 \(31, 32, 3, 12\);"),
+    "fewer labels": (
+        mat(X=X, y=Y[1:]),
+        r": y: expected numbers \(12, 1\), got uint8 \(11, 1\);",
+    ),
+    "a row": (mat(X=X, y=Y.T), r": y: expected .*, got uint8 \(1, 12\);"),
+    "cells": (mat(X=X, y=Y.astype(object)), r": y: expected .*, got object .*;"),
+    "0": (mat(X=X, y=Y - 1), r": y: expected labels 1, 2, ..., 10, got 0 to 9;"),
+    "11": (mat(X=X, y=Y + 1), r": y: expected labels 1, 2, ..., 10, got 2 to 11;"),
+    "negative": (mat(X=X, y=Y * -1.0), r": y: expected labels 1, .*, got -10.* to -1.*;"),
+    "between": (mat(X=X, y=Y - 0.5), r": y: expected labels 1, .*, got 0.5 to 9.5;"),
+    "nan": (mat(X=X, y=Y * np.nan), r": y: expected labels 1, .*, got nan to nan;"),
+    "unreadable": (
+        mat(X=X, y=Y)[:-1000],
+        r": expected a MATLAB file, got one that cannot be read .*",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SVHN)
+def test_arrays_that_are_not_svhns_are_an_error_in_spite_of_the_sum(
+    tmp_path, svhn, monkeypatch, kind
+):
+    content, message = BAD_SVHN[kind]
+    count_as(datasets.SVHN, {TRAIN_MAT: content}, monkeypatch)
+    write(tmp_path / TRAIN_MAT, content)
+    write(tmp_path / TEST_MAT, svhn[TEST_MAT])
+    with pytest.raises(DatasetError, match=f"/{TRAIN_MAT}{message}"):
+        load("svhn", data_dir=tmp_path, num_validation=1)
+
+
+@pytest.mark.skipif(
+    not GIVEN or len(datasets._find("svhn", Path(GIVEN))) < 2,
+    reason="GUIDEBOOK_DATA holds no SVHN",
+)
+def test_the_real_svhn():
+    loaded = load("svhn", data_dir=GIVEN)
+    assert loaded.train["x"].shape == (63_257, 32, 32, 3)
+    assert loaded.validation["x"].shape == (10_000, 32, 32, 3)
+    assert loaded.test["x"].shape == (26_032, 32, 32, 3)
+    c = np.concatenate([loaded.train["c"], loaded.validation["c"]])
+    counts = [4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659]
+    assert list(np.bincount(c)) == counts
+    counts = [1744, 5099, 4149, 2882, 2523, 2384, 1977, 2019, 1660, 1595]
+    assert list(np.bincount(loaded.test["c"])) == counts
 
 
 # --- digits, and MNIST's absence ------------------------------------------------------------------
@@ -665,7 +966,7 @@ def test_without_mnist_auto_takes_the_digits_and_says_so_loudly(capsys, monkeypa
     words = " ".join(line.removeprefix("!!").strip() for line in lines)
     for word in ("NOT MNIST", "digits", "--data-dir", "GUIDEBOOK_DATA", "--dataset mnist"):
         assert word in words
-    for mirror in datasets.MIRRORS:
+    for mirror in datasets.MIRRORS["mnist"]:
         assert re.search(f"{mirror}{TRAIN_X}.gz: .*refused", words)
     assert str(tmp_path / "nothing") in words
 
@@ -677,13 +978,17 @@ def test_mnist_insists(capsys):
 
 
 def test_what_is_not_needed_is_not_imported():
-    code = "import experiments.datasets, sys; sys.exit('sklearn' in sys.modules)"
+    code = (
+        "import experiments.datasets, sys; "
+        "sys.exit(not sys.modules.keys().isdisjoint(['sklearn', 'scipy.io']))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
-@pytest.mark.parametrize("name", ["MNIST", "cifar10", "", "images.txt", "npz"])
+@pytest.mark.parametrize("name", ["MNIST", "cifar10", "", "images.txt", "npz", "x.mat"])
 def test_an_unknown_name_lists_the_known(name):
-    with pytest.raises(ValueError, match=f"name: expected auto, mnist, digits .*got '{name}'"):
+    expected = f"name: expected auto, mnist, svhn, digits or the path .*got '{name}'"
+    with pytest.raises(ValueError, match=expected):
         load(name)
 
 

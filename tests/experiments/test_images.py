@@ -143,7 +143,7 @@ def test_colour_images_of_ones_own(tmp_path, capsys, rng):
 
 @pytest.mark.parametrize("preset", list(vae.PRESETS))
 def test_a_preset_is_changed_by_the_settings_that_are_given(preset):
-    dataset = mnist_vae.Config(dataset="digits").data(labels=False)
+    dataset = mnist_vae.Config(dataset="digits").data()
     plain = mnist_vae.Config(preset=preset).model(dataset)
     assert plain == replace(vae.PRESETS[preset], x_shape=(8, 8))
     settings = {"hidden": (7,), "num_latents": 2, "activation": "silu", "likelihood": "gaussian"}
@@ -197,7 +197,7 @@ def test_burdas_schedule():
 
 
 def test_held_out_images_are_the_same_for_every_run():
-    dataset = mnist_vae.Config(dataset="digits").data(labels=False)
+    dataset = mnist_vae.Config(dataset="digits").data()
     model = mnist_vae.Config(dataset="digits").model(dataset)
     x = images.held_out(model, dataset.test)["x"]
     np.testing.assert_array_equal(x, images.held_out(model, dataset.test)["x"])

@@ -1,0 +1,228 @@
+"""Networks: one parameter of a program, and arithmetic that NumPy can repeat."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpyro import handlers
+
+from models.networks import MLP, SCALE_FLOOR, GaussianMLP, network
+
+SIZES = (3, 5, 4, 2)
+
+
+def build(rngs):
+    return MLP(SIZES, jnp.tanh, "float32", rngs=rngs)
+
+
+def program(x):
+    return network("net", build)(x)
+
+
+def initial(key):
+    """The value of the program's parameter."""
+    site = handlers.trace(handlers.seed(program, key)).get_trace(jnp.zeros((1, 3)))["net"]
+    assert site["type"] == "param"
+    return site["value"]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return initial(jax.random.key(0))
+
+
+@pytest.fixture
+def x(rng):
+    return jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+
+
+def layers(params):
+    """(kernel, bias) of every layer, in float64."""
+    by_depth = params["layers"]
+    return [
+        tuple(np.asarray(by_depth[i][name], np.float64) for name in ("kernel", "bias"))
+        for i in sorted(by_depth)
+    ]
+
+
+def forward(params, x, activation=np.tanh):
+    h = np.asarray(x, np.float64)
+    *hidden, last = layers(params)
+    for kernel, bias in hidden:
+        h = activation(h @ kernel + bias)
+    return h @ last[0] + last[1]
+
+
+def filled(params, rng):
+    """Parameters of the same shapes, biases included, drawn anew."""
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+
+
+# --- one parameter of a program -------------------------------------------------------------------
+
+
+def test_a_network_is_one_parameter_a_tree_of_float32(params):
+    sites = handlers.trace(handlers.seed(program, 0)).get_trace(jnp.zeros((1, 3)))
+    assert list(sites) == ["net"]
+    shapes = [p.shape for p in jax.tree.leaves(params)]
+    expected = [s for n, m in itertools.pairwise(SIZES) for s in ((n, m), (m,))]
+    assert sorted(shapes) == sorted(expected)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+
+
+def test_every_key_starts_elsewhere_under_vmap_as_alone():
+    keys = jax.random.split(jax.random.key(1), 3)
+    together = jax.vmap(initial)(keys)
+    alone = initial(keys[2])
+    for many, one in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(many[2], one, rtol=1e-6)
+    for kernel, _ in layers(together):
+        assert len(np.unique(kernel, axis=0)) == 3
+    for kernel, _ in layers(alone):  # nor are units of a layer each other's copies
+        assert len(np.unique(kernel, axis=1).T) == kernel.shape[1]
+
+
+def test_two_networks_of_one_program_start_differently():
+    def two():
+        network("first", build)
+        network("second", build)
+
+    sites = handlers.trace(handlers.seed(two, 0)).get_trace()
+    first, second = (layers(sites[name]["value"])[0][0] for name in ("first", "second"))
+    assert (first != second).all()
+
+
+def test_what_is_substituted_is_what_computes_and_needs_no_key(params, x, rng):
+    params = filled(params, rng)
+    output = handlers.substitute(program, {"net": params})(x)
+    np.testing.assert_allclose(output, forward(params, x), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_is_eager(params, x):
+    run = lambda params, x: handlers.substitute(program, {"net": params})(x)  # noqa: E731
+    np.testing.assert_allclose(jax.jit(run)(params, x), run(params, x), rtol=1e-5, atol=1e-6)
+
+
+def test_every_parameter_has_a_gradient(params, x, rng):
+    params = filled(params, rng)
+    loss = lambda p: (handlers.substitute(program, {"net": p})(x) ** 2).sum()  # noqa: E731
+    gradients = jax.grad(loss)(params)
+    assert jax.tree.structure(gradients) == jax.tree.structure(params)
+    for gradient in jax.tree.leaves(gradients):
+        assert np.isfinite(gradient).all()
+        assert (gradient != 0).all()
+
+
+class Normalised(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(3, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+
+class Dropped(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(3, 3, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+
+class LayerNormalised(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(x)
+
+
+@pytest.mark.parametrize(("module", "what"), [(Normalised, "norm"), (Dropped, "drop")])
+def test_a_state_beside_the_parameters_is_refused_by_name(module, what):
+    message = f"network 'net': expected .* got {module.__name__} with {what} beside them"
+    with pytest.raises(TypeError, match=message), handlers.seed(rng_seed=0):
+        network("net", module)
+
+
+def test_layer_normalisation_has_no_state(x):
+    with handlers.seed(rng_seed=0):
+        output = network("net", LayerNormalised)(x)
+    x = np.asarray(x)
+    expected = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- multilayer perceptrons -----------------------------------------------------------------------
+
+
+def of(module, params):
+    """The module with other parameters."""
+    graph, state = nnx.split(module)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def pure(module):
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def test_without_hidden_layers_it_is_affine(x, rng):
+    mlp = MLP((3, 2), jnp.tanh, "float32", rngs=nnx.Rngs(0))
+    mlp = of(mlp, filled(pure(mlp), rng))
+    ((kernel, bias),) = layers(pure(mlp))
+    np.testing.assert_allclose(mlp(x), np.asarray(x) @ kernel + bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("activation", "in_numpy"),
+    [(jax.nn.relu, lambda h: np.maximum(h, 0)), (jax.nn.softplus, lambda h: np.logaddexp(0, h))],
+)
+def test_activations_follow_every_layer_but_the_last(activation, in_numpy, x, rng):
+    mlp = MLP(SIZES, activation, "float32", rngs=nnx.Rngs(0))
+    mlp = of(mlp, filled(pure(mlp), rng))
+    batch = jnp.stack([x, 2 * x])  # any axes before the last
+    expected = forward(pure(mlp), batch, in_numpy)
+    np.testing.assert_allclose(mlp(batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32(x, rng):
+    mlp = MLP(SIZES, jnp.tanh, "bfloat16", rngs=nnx.Rngs(0))
+    params = filled(pure(mlp), rng)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(pure(mlp)))
+    output = of(mlp, params)(x)
+    assert output.dtype == jnp.float32
+
+    # Each layer rounds its input, kernel, bias, product and sum to 8 bits, the activation once
+    # more; tanh enlarges no error.
+    h, error, unit = np.asarray(x, np.float64), 0.0, 2.0**-8
+    for kernel, bias in layers(params):
+        terms = abs(h) @ abs(kernel) + abs(bias)
+        error = (error + np.zeros_like(h)) @ abs(kernel) + 5 * unit * terms
+        h, error = np.tanh(h @ kernel + bias), error + unit
+    difference = abs(np.asarray(output) - forward(params, x))
+    assert (difference < error).all()
+    assert difference.max() > 2.0**-12  # float32 would be nearer
+
+
+def test_a_gaussian_mlp_is_a_location_and_a_positive_scale(x, rng):
+    module = GaussianMLP(SIZES, jnp.tanh, "float32", rngs=nnx.Rngs(0))
+    module = of(module, filled(pure(module), rng))
+    loc, scale = module(x)
+    assert loc.shape == scale.shape == (6, 2)
+    expected = forward(pure(module)["mlp"], x)
+    np.testing.assert_allclose(loc, expected[:, :2], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scale, np.logaddexp(0, expected[:, 2:]) + SCALE_FLOOR, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_scale_of_a_gaussian_mlp_has_a_floor(dtype):
+    module = GaussianMLP((1, 1), jnp.tanh, dtype, rngs=nnx.Rngs(0))
+    module = of(
+        module, {"mlp": {"layers": {0: {"kernel": jnp.ones((1, 2)), "bias": jnp.zeros(2)}}}}
+    )
+    raw = jnp.array([[-1e30], [-1e4], [-20.0], [0.0], [1e4], [1e30]])
+    _, scale = module(raw)
+    assert np.isfinite(scale).all()
+    assert (scale >= np.float32(SCALE_FLOOR)).all()
+    np.testing.assert_allclose(scale[:2, 0], SCALE_FLOOR, rtol=1e-6)
+    gradients = jax.vmap(jax.grad(lambda r: jnp.log(module(r)[1]).sum()))(raw)
+    assert np.isfinite(gradients).all()
