@@ -73,8 +73,8 @@ class Config:
     """Settings of an experiment on images.
 
     Attributes:
-        dataset: mnist, digits, the path of a user's own .npz or .npy, or auto for MNIST where it
-            can be had and digits elsewhere.
+        dataset: mnist, svhn, digits, the path of a user's own .npz or .npy, or auto for MNIST
+            where it can be had and digits elsewhere.
         data_dir: directory with the data set's files, compressed or not, to read offline.
         num_validation: images held out of the training; the data set's usual number unless given.
         num_train: the first so many of the training images; all unless given.
@@ -426,7 +426,7 @@ def run(
         test = held_out(model, dataset.test)
         judged = judge(config, model, guide, fitted.params, test)
         result = summarize(name, config, model, fitted, judged, dataset)
-        if isinstance(config, LabelConfig):
+        if isinstance(config, LabelConfig) and "c" in test:
             result["labels"] = check_labels(config, model, guide, fitted, test)
         result["seconds"]["evaluate"] = time.perf_counter() - judging
         pictures.draw(result, model, guide, fitted, test, directory.path)

@@ -3,17 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from numpyro.infer import Trace_ELBO
 
 from experiments.benchmarks import speed
 from models import gaussian_mean
 
 
-def test_the_benchmark_runs(capsys, monkeypatch):
-    monkeypatch.setattr(
-        speed, "vae_contestants", lambda config: {}
-    )  # its size needs seconds per contestant
-    speed.main(speed.Config(toy_steps=30, rounds=1, vae_epochs=0.0))
+def test_the_benchmark_runs(capsys):
+    speed.main(speed.Config(toy_steps=30, rounds=1, vae_epochs=0.0, svhn_steps=0))
     printed = capsys.readouterr().out
     for name in ("hand-written scan", "fit, progress bar", "fit, 8 seeds", "SVI.run on one batch"):
         assert name in printed
@@ -53,3 +51,17 @@ def test_the_hand_written_vae_is_the_same_arithmetic():
         assert set(np.unique(x)) == {0.0, 1.0}
         share = 100 / 255
         assert abs(x.mean() - share) < 4 * (share * (1 - share) / x.size) ** 0.5
+
+
+def test_the_convolutional_vae_by_hand_is_the_same_arithmetic():
+    params = speed.svhn_init(jax.random.key(1))
+    tree = {name: nnx.to_pure_dict(state) for name, state in params.items()}
+    grey = {"x": np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)}
+    batch = speed.SVHN_MODEL.prepare(jax.random.key(2), grey)
+    hand = average(lambda key: speed.svhn_loss(params, key, **batch), 20)
+    objective = Trace_ELBO()
+    ours = average(
+        lambda key: objective.loss(key, tree, speed.SVHN_MODEL, speed.SVHN_GUIDE, **batch) / 2, 20
+    )
+    assert abs(hand[0] - ours[0]) < 4 * np.hypot(hand[1], ours[1])
+    assert hand[1] < 1e-3 * abs(hand[0])

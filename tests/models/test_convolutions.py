@@ -1,0 +1,97 @@
+"""Convolutions between the image and the dense layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpyro.infer import Trace_ELBO
+
+from models import cvae, guides, vae
+from models.conditions import Labels
+from models.likelihoods import LIKELIHOODS, Gaussian
+from models.networks import Decoder, Encoder, Grow, Shrink
+
+SMALL = {"num_latents": 3, "hidden": (5,), "channels": (4, 6)}
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize("x_shape", [(8, 12), (4, 8, 3)])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("labels", [None, Labels(3)])
+def test_gradients_reach_every_weight(x_shape, likelihood, labels):
+    settings = {**SMALL, "x_shape": x_shape, "likelihood": LIKELIHOODS[likelihood]}
+    model = vae.Model(**settings) if labels is None else cvae.Model(labels, **settings)
+    guide = guides.mean_field(model)
+    images = np.random.default_rng(0).integers(0, 256, (6, *x_shape), dtype=np.uint8)
+    data = model.prepare(KEY, {"x": images})
+    if labels is not None:
+        data["c"] = jnp.arange(6) % 3
+    params = {
+        "encoder": nnx.to_pure_dict(nnx.state(Encoder(model, guide.hidden, rngs=nnx.Rngs(0)))),
+        "decoder": nnx.to_pure_dict(nnx.state(Decoder(model, rngs=nnx.Rngs(1)))),
+    }
+    loss, gradient = jax.jit(
+        jax.value_and_grad(lambda p: Trace_ELBO().loss(KEY, p, model, guide, **data))
+    )(params)
+    assert np.isfinite(loss)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.isfinite(leaf).all(), path
+        assert np.abs(leaf).max() > 0, path
+
+
+def test_an_image_is_encoded_alone():
+    model = vae.Model(x_shape=(8, 8, 3), likelihood=Gaussian(), **SMALL)
+    encoder = Encoder(model, (5,), rngs=nnx.Rngs(0))
+    x = jax.random.uniform(KEY, (4, 8, 8, 3))
+    together = encoder(x)
+    for i in range(4):
+        for one, all_ in zip(encoder(x[i : i + 1]), together, strict=True):
+            np.testing.assert_allclose(one[0], all_[i], rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_shrink_and_grow():
+    model = vae.Model(x_shape=(8, 16, 3), likelihood=Gaussian(), **SMALL)
+    h = Shrink(model, rngs=nnx.Rngs(0))(jnp.zeros((2, 8, 16, 3)))
+    assert h.shape == (2, 2, 4, 6)
+    grown = Grow(model, rngs=nnx.Rngs(0))(h.reshape(2, -1))
+    assert grown.shape == (2, 2, 8, 16, 3)
+    assert Decoder(model, rngs=nnx.Rngs(0))(jnp.zeros((2, 3))).shape == (2, 2, 8, 16, 3)
+
+
+def test_channels_become_pixels():
+    """One stage by loops: pixel (2 i + a, 2 j + b) is channel block (a, b) of feature (i, j)."""
+    model = vae.Model(x_shape=(4, 6, 2), num_latents=3, hidden=(), channels=(5,))
+    grow = Grow(model, rngs=nnx.Rngs(0))
+    h = jax.random.normal(KEY, (1, 2, 3, 5))
+    got = grow(h.reshape(1, -1))
+    features = np.asarray(grow.layers[0](model.activation(grow.norms[0](h))))
+    for i, j, a, b in np.ndindex(2, 3, 2, 2):
+        block = 2 * (2 * a + b)
+        np.testing.assert_allclose(
+            got[0, 0, 2 * i + a, 2 * j + b], features[0, i, j, block : block + 2], rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"x_shape": (8, 6)}, r"x_shape: expected sides that 4 divides, .* got \(8, 6\)"),
+        ({"x_shape": (2, 8, 3)}, "x_shape: expected sides that 4 divides"),
+        ({"x_shape": (8, 8), "channels": (4, 0)}, r"channels: expected positive .* got \(4, 0\)"),
+    ],
+)
+@pytest.mark.parametrize("model", [vae.Model, cvae.Model])
+def test_sides_that_cannot_be_halved_are_refused(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        model(**SMALL | settings)
+
+
+def test_bfloat16_computes_coarsely_and_returns_float32():
+    x = jax.random.uniform(KEY, (2, 8, 8, 3))
+    fine, coarse = (
+        Encoder(vae.Model(x_shape=(8, 8, 3), **SMALL, dtype=dtype), (5,), rngs=nnx.Rngs(0))(x)[0]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert coarse.dtype == fine.dtype == jnp.float32
+    assert 0 < abs(fine - coarse).max() < 0.1 * abs(fine).max() + 0.05
