@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Integer, Num
 
 
 @runtime_checkable
@@ -73,10 +73,11 @@ class Labels:
         c = np.asarray(c)
         outside = np.unique(c[(c < 0) | (c >= self.num_classes)])
         if outside.size:
+            needed = int(outside.max()) + 1
+            more = f"declare more classes, Labels({needed}), or " if needed > 0 else ""
             raise ValueError(
                 f"c: expected labels 0 to {self.num_classes - 1}, got "
-                f"{', '.join(map(str, outside[:10]))}; declare more classes, "
-                f"Labels({outside.max() + 1}), or mend the labels"
+                f"{', '.join(map(str, outside[:10]))}; {more}mend the labels"
             )
 
 
@@ -87,8 +88,9 @@ class _LabelFeatures(nnx.Module):
         embed = nnx.Linear(num_in, num_out, use_bias=False, rngs=rngs)
         self.embed = embed if labels.num_embedded else None
 
-    def __call__(self, c: Int[Array, " N"]) -> Float[Array, "N n"]:
+    def __call__(self, c: Integer[Array, " N"]) -> Float[Array, "N n"]:
         """NaN where a label is outside the classes, which no loss survives unnoticed."""
+        c = c.astype(jnp.int32)  # a type that holds the number of classes
         one_hot = jax.nn.one_hot(c, self.num_classes)
         one_hot = jnp.where(((c >= 0) & (c < self.num_classes))[:, None], one_hot, jnp.nan)
         return one_hot if self.embed is None else self.embed(one_hot)
@@ -120,7 +122,8 @@ class Values:
     def check(self, c: Any) -> None:
         """Raises ValueError for conditions of another shape."""
         if c.shape[1:] != self.shape:
-            raise ValueError(f"c: expected shape (N, {str(self.shape)[1:-1]}), got {c.shape}")
+            expected = ", ".join(map(str, ("N", *self.shape)))
+            raise ValueError(f"c: expected shape ({expected}), got {c.shape}")
 
 
 class _ValueFeatures(nnx.Module):

@@ -32,6 +32,11 @@ class MeanField:
         if any(size < 1 for size in self.hidden):
             raise ValueError(f"hidden: expected positive sizes, got {self.hidden}")
 
+    def check_data(self, c: Any = None, x: Any = None) -> None:
+        """Raises ValueError where conditions are not what the model declares."""
+        if c is not None:
+            self.model.condition.check(c)
+
     def __call__(self, x: Float[Array, "N ..."], c: Array | None = None) -> None:
         """Samples z given x, and c where the model has a condition."""
         check_images(x, self.model.x_shape)

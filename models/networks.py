@@ -32,9 +32,16 @@ def network[Module: nnx.Module](name: str, build: Callable[[nnx.Rngs], Module]) 
     Raises:
         TypeError: the module keeps a state beside its parameters, as batch normalisation and
             dropout do.
+        ValueError: the parameters given to the program are not this network's, or none are given
+            and there is no key to make them from.
     """
 
-    def initialise(key: Array) -> dict[str, Any]:
+    def initialise(key: Array | None) -> dict[str, Any]:
+        if key is None:
+            raise ValueError(
+                f"network {name!r}: expected parameters or a random key, got neither; run the "
+                f"program in numpyro.handlers.substitute or numpyro.handlers.seed"
+            )
         return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
 
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
@@ -45,8 +52,23 @@ def network[Module: nnx.Module](name: str, build: Callable[[nnx.Rngs], Module]) 
             f"{type(abstract).__name__} with {', '.join(map(str, rest))} beside them; leave out "
             f"batch normalisation and dropout (layer normalisation needs no state)"
         )
-    nnx.replace_by_pure_dict(params, numpyro.param(name, initialise))
+    weights = numpyro.param(name, initialise)
+    expected, got = _shapes(nnx.to_pure_dict(params)), _shapes(weights)
+    if expected != got:
+        differ = [path for path in expected | got if expected.get(path) != got.get(path)]
+        path = differ[0]
+        raise ValueError(
+            f"network {name!r}: expected {path} of shape {expected.get(path)}, got "
+            f"{got.get(path)}, one of {len(differ)} differences; these parameters are those of "
+            f"another network, or of several seeds: take one, jax.tree.map(lambda p: p[0], params)"
+        )
+    nnx.replace_by_pure_dict(params, weights)
     return nnx.merge(graph, params)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
 
 
 class MLP(nnx.Module):
@@ -233,16 +255,18 @@ def _num_features(config: Any) -> int:
 def _join(inputs: Array, c: Any, features: Callable[[Array], Array] | None) -> Array:
     if features is None:
         return inputs
+    if c is None:
+        raise ValueError("c: expected conditions, got none; this model has them")
     return jnp.concatenate([inputs, features(c)], axis=-1)
 
 
 def check_sizes(config: Any) -> None:
     """Raises ValueError for a model's configuration with sizes that make no network."""
-    hidden = config.hidden + (getattr(config, "prior_hidden", None) or ())
     for name, sizes in (
         ("x_shape", config.x_shape),
         ("num_latents", (config.num_latents,)),
-        ("hidden", hidden),
+        ("hidden", config.hidden),
+        ("prior_hidden", getattr(config, "prior_hidden", None) or ()),
         ("channels", config.channels),
     ):
         if any(size < 1 for size in sizes):

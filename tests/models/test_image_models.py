@@ -14,7 +14,7 @@ from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
 from scipy import special, stats
 
-from inference import elbo_terms, fit, label_check, log_likelihood
+from inference import elbo_terms, encode, fit, label_check, log_likelihood
 from models import cvae, guides, vae
 from models.conditions import Labels, Values
 from models.likelihoods import LIKELIHOODS, Bernoulli, Gaussian
@@ -576,3 +576,16 @@ def test_models_and_guides_are_values():
     assert vae.Model() == vae.Model() != vae.Model(num_latents=3)
     assert hash(cvae.Model()) == hash(cvae.Model())
     assert guides.mean_field(vae.Model()) == guides.mean_field(vae.Model())
+
+
+def test_a_guide_refuses_what_its_model_refuses():
+    model = cvae.Model(Labels(2), x_shape=(3, 2), num_latents=2, hidden=(4,))
+    guide = guides.mean_field(model)
+    x = jnp.zeros((2, 3, 2))
+    params = handlers.trace(handlers.seed(guide, 0)).get_trace(c=jnp.arange(2), x=x)
+    params = {"encoder": params["encoder"]["value"]}
+    encode(guide, params, x, jnp.arange(2))
+    with pytest.raises(ValueError, match="c: expected labels 0 to 1, got 2"):
+        encode(guide, params, x, jnp.array([0, 2]))
+    with pytest.raises(ValueError, match="c: expected conditions, got none"):
+        encode(guide, params, x)

@@ -226,3 +226,19 @@ def test_the_scale_of_a_gaussian_mlp_has_a_floor(dtype):
     np.testing.assert_allclose(scale[:2, 0], SCALE_FLOOR, rtol=1e-6)
     gradients = jax.vmap(jax.grad(lambda r: jnp.log(module(r)[1]).sum()))(raw)
     assert np.isfinite(gradients).all()
+
+
+def test_parameters_of_another_network_are_refused():
+    def program(size):
+        return network("net", lambda rngs: MLP((2, size, 1), jnp.tanh, "float32", rngs=rngs))
+
+    params = handlers.trace(handlers.seed(program, 0)).get_trace(3)["net"]["value"]
+    handlers.substitute(program, {"net": params})(3)
+    message = r"network 'net': expected \['layers'\]\[0\]\['bias'\] of shape \(4,\), got \(3,\)"
+    with pytest.raises(ValueError, match=message):
+        handlers.substitute(program, {"net": params})(4)
+    seeds = jax.tree.map(lambda p: jnp.stack([p, p]), params)
+    with pytest.raises(ValueError, match=r"got \(2, 3\), .* or of several seeds: take one"):
+        handlers.substitute(program, {"net": seeds})(3)
+    with pytest.raises(ValueError, match="expected parameters or a random key, got neither"):
+        handlers.trace(program).get_trace(3)
