@@ -339,6 +339,7 @@ def summarize(
         "standard_error": test["log_likelihood"]["standard_error"] / (num_dims * np.log(2)),
     }
     per_dim = np.stack([t.kl_per_dim["z"] for t in terms]).mean(0)
+    variance, error = terms[0].activity["z"]
     active = [int(t.active["z"].sum()) for t in terms]
     settings = json.loads(json.dumps(asdict(config), default=str))
     leaves = jax.tree.leaves(fitted.params)
@@ -355,6 +356,7 @@ def summarize(
         "num_latents": model.num_latents,
         "test": test,
         "active_units": active[0] if len(active) == 1 else float(np.mean(active)),
+        "activity": {"estimate": variance.tolist(), "standard_error": error.tolist()},
         "kl_per_dim": {
             "estimate": per_dim.mean(0).tolist(),
             "standard_error": (per_dim.std(0) / np.sqrt(len(per_dim))).tolist(),
@@ -433,7 +435,8 @@ def run(
         write_trace(directory.path / "trace.nc", fitted, judged, test, result)
         result["seconds"]["total"] = time.perf_counter() - began
         directory.write("result.json", result)
-    target = (published or {}).get(config.preset) if dataset.name == "mnist" else None
+    as_published = dataset.name == "mnist" and model == vae.PRESETS[config.preset]
+    target = (published or {}).get(config.preset) if as_published else None
     print(table(result, target))
     print(f"written to {directory.path}")
     return result
