@@ -10,7 +10,7 @@ from numpyro.infer import Trace_ELBO
 from models import cvae, guides, vae
 from models.conditions import Labels
 from models.likelihoods import LIKELIHOODS, Gaussian
-from models.networks import Decoder, Encoder, Grow, Shrink
+from models.networks import Decoder, Encoder, Grow, Shrink, convolve
 
 SMALL = {"num_latents": 3, "hidden": (5,), "channels": (4, 6)}
 KEY = jax.random.key(0)
@@ -57,6 +57,17 @@ def test_shapes_shrink_and_grow():
     grown = Grow(model, rngs=nnx.Rngs(0))(h.reshape(2, -1))
     assert grown.shape == (2, 2, 8, 16, 3)
     assert Decoder(model, rngs=nnx.Rngs(0))(jnp.zeros((2, 3))).shape == (2, 2, 8, 16, 3)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("sides", [(8, 6), (5, 4), (2, 2)])
+def test_a_convolution_by_a_product_of_matrices_is_xlas(stride, sides):
+    x = jax.random.normal(KEY, (2, *sides, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 5))
+    numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    ours = convolve(x, kernel, (stride, stride), "SAME", **numbers)
+    xlas = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", **numbers)
+    np.testing.assert_allclose(ours, xlas, rtol=1e-4, atol=1e-4)
 
 
 def test_channels_become_pixels():
