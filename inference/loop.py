@@ -165,7 +165,7 @@ class Loop:
                     average = jax.tree.map(lambda a, p: a + (p - a) / count, average, params)
                 return new.optim_state, mutable, average, -loss
 
-            optimizer, mutable, average, elbos = jax.vmap(update)(
+            optimizer, mutable, average, elbos = self.over_seeds(update)(
                 state.optimizer, state.mutable, state.average, words, noise
             )
             seen = state.offset + self.batch_size
@@ -186,6 +186,13 @@ class Loop:
             lambda params: jnp.array([jnp.isfinite(p).all() for p in jax.tree.leaves(params)])
         )(state.params)
         return state, trace, finite.all(1)
+
+    def over_seeds(self, update: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """``vmap`` over the leading axes. One seed needs none, and XLA is quicker without it."""
+        if self.settings.num_seeds > 1:
+            return jax.vmap(update)
+        first = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
+        return lambda *args: jax.tree.map(lambda x: jnp.asarray(x)[None], update(*first(args)))
 
     def svi_at(self, step: Array) -> SVI:
         """What updates the parameters at this step."""
