@@ -53,6 +53,9 @@ class State(NamedTuple):
         return self.optimizer[1][0]
 
 
+SEED_AXES = State(None, None, None, *[0] * (len(State._fields) - 3))
+
+
 class Loop:
     """The device's side of one run. Its methods are pure; ``fit`` compiles each once.
 
@@ -138,61 +141,63 @@ class Loop:
         """Steps ``state.step`` to ``stop - 1``, at most MAX_CHUNK of them; their ELBO; and
         whether the parameters are finite after them."""
         count = jnp.minimum(stop - state.step, MAX_CHUNK)
-        words = jax.vmap(lambda key: random.bits(random.fold_in(key, ORDER)))(keys)
-        noise = jax.vmap(lambda key: random.fold_in(key, NOISE))(keys)
 
-        def body(i: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
-            state, elbo = carry
-            svi = self.svi_at(state.step)
+        def run(state: State, key: Array) -> tuple[State, Float[Array, " chunk"]]:
+            word = random.bits(random.fold_in(key, ORDER))
+            noise = random.fold_in(key, NOISE)
 
-            def update(optimizer, old_mutable, average, word, key):
+            def body(i: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
+                state, elbo = carry
                 index = self.batch_index(state.epoch, state.offset, word)
                 batch = data if index is None else {k: v[index] for k, v in data.items()}
                 if self.sharding is not None:
                     batch = lax.with_sharding_constraint(batch, self.sharding)
-                key = random.fold_in(key, state.step)
+                key = random.fold_in(noise, state.step)
                 if self.preprocess is not None:
                     key, batch_key = random.split(key)
-                    batch = self.preprocess(batch_key, batch)
-                new, loss = svi.update(SVIState(optimizer, old_mutable, key), **batch)
+                    # The barrier keeps XLA from preparing the batch anew for each of its uses.
+                    batch = lax.optimization_barrier(self.preprocess(batch_key, batch))
+                old = SVIState(state.optimizer, state.mutable, key)
+                new, loss = self.svi_at(state.step).update(old, **batch)
                 params, optimizer_state = new.optim_state[1]
-                mutable = new.mutable_state
+                mutable, average = new.mutable_state, state.average
                 if isinstance(optimizer_state, GuardState):
-                    mutable = _where(optimizer_state.finite, mutable, old_mutable)
+                    mutable = _where(optimizer_state.finite, mutable, state.mutable)
                     loss = jnp.where(optimizer_state.finite, loss, jnp.nan)
                 if average is not None:
                     count = jnp.maximum(state.step - self.settings.first_averaged + 1, 1)
                     average = jax.tree.map(lambda a, p: a + (p - a) / count, average, params)
-                return new.optim_state, mutable, average, -loss
+                seen = state.offset + self.batch_size
+                wraps = seen >= self.num_data
+                state = state._replace(
+                    step=state.step + 1,
+                    epoch=state.epoch + wraps,
+                    offset=jnp.where(wraps, seen - self.num_data, seen),
+                    optimizer=new.optim_state,
+                    mutable=mutable,
+                    average=average,
+                )
+                return state, elbo.at[i].set(-loss)
 
-            optimizer, mutable, average, elbos = self.over_seeds(update)(
-                state.optimizer, state.mutable, state.average, words, noise
-            )
-            seen = state.offset + self.batch_size
-            wraps = seen >= self.num_data
-            state = state._replace(
-                step=state.step + 1,
-                epoch=state.epoch + wraps,
-                offset=jnp.where(wraps, seen - self.num_data, seen),
-                optimizer=optimizer,
-                mutable=mutable,
-                average=average,
-            )
-            return state, elbo.at[:, i].set(elbos)
+            return lax.fori_loop(0, count, body, (state, jnp.full(MAX_CHUNK, jnp.nan)))
 
-        trace = jnp.full((self.settings.num_seeds, MAX_CHUNK), jnp.nan)
-        state, trace = lax.fori_loop(0, count, body, (state, trace))
+        state, trace = self.over_seeds(run)(state, keys)
         finite = jax.vmap(
             lambda params: jnp.array([jnp.isfinite(p).all() for p in jax.tree.leaves(params)])
         )(state.params)
         return state, trace, finite.all(1)
 
-    def over_seeds(self, update: Callable[..., PyTree]) -> Callable[..., PyTree]:
-        """``vmap`` over the leading axes. One seed needs none, and XLA is quicker without it."""
+    def over_seeds(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``vmap`` over the seed axis of a state and the keys. One seed needs none, and only
+        without it does XLA update the parameters in place."""
         if self.settings.num_seeds > 1:
-            return jax.vmap(update)
-        first = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
-        return lambda *args: jax.tree.map(lambda x: jnp.asarray(x)[None], update(*first(args)))
+            return jax.vmap(run, in_axes=(SEED_AXES, 0), out_axes=(SEED_AXES, 0))
+
+        def alone(state: State, keys: Array) -> tuple[State, Array]:
+            state, trace = run(_by_seed(lambda x: x[0], state), keys[0])
+            return _by_seed(lambda x: x[None], state), trace[None]
+
+        return alone
 
     def svi_at(self, step: Array) -> SVI:
         """What updates the parameters at this step."""
@@ -276,6 +281,12 @@ class Loop:
         else:
             params = self.current(state)
         return jax.vmap(self.svi.constrain_fn)(params)
+
+
+def _by_seed(change: Callable[[Array], Array], state: State) -> State:
+    """``change`` on the arrays that have a seed axis."""
+    fields = zip(state, SEED_AXES, strict=True)
+    return State(*(x if axis is None else jax.tree.map(change, x) for x, axis in fields))
 
 
 def _length(arrays: Mapping[str, Any]) -> int:

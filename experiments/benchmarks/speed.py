@@ -50,7 +50,7 @@ class Config:
 
     toy_steps: int = 10_000
     vae_epochs: float = 1.0
-    svhn_steps: int = 30
+    svhn_steps: int = 100
     rounds: int = 5
 
 
