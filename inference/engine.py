@@ -40,7 +40,7 @@ from inference.loop import MAX_CHUNK, Loop, Preprocess, Program, State
 from inference.objectives import KLWarmUp
 from inference.settings import Settings
 
-SECONDS_PER_CHUNK = 1.0
+SECONDS_PER_CHUNK = 2.0
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def convolve(
     """``lax.conv_general_dilated``, on a CPU as one product of matrices.
 
     In a compiled loop, where ``fit`` has its steps, XLA's own convolutions on a CPU are some
-    twenty times slower than outside of it.
+    forty times slower than outside of it.
 
     Args:
         x: (N, height, width, channels in).
