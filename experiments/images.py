@@ -24,6 +24,7 @@ from experiments.runs import Run, import_ahead
 from inference import (
     Estimate,
     Fit,
+    Held,
     KLWarmUp,
     elbo_terms,
     encode,
@@ -36,6 +37,7 @@ from models import cvae, guides, vae
 from models.conditions import Labels
 from models.likelihoods import LIKELIHOODS
 
+PER_DATUM_STEPS = 1000  # in which a per-datum guide is fitted to the test images
 TEST_SEED = 20_150_901  # held-out images are binarised once, the same for every run and seed
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -76,10 +78,13 @@ class Config:
         dataset: mnist, svhn, digits, the path of a user's own .npz or .npy, or auto for MNIST
             where it can be had and digits elsewhere.
         data_dir: directory with the data set's files, compressed or not, to read offline.
-        num_validation: images held out of the training; the data set's usual number unless given.
+        num_validation: images held out of the training; the data set's usual number unless given,
+            and none with the guide per-datum, which knows the training images alone.
         num_train: the first so many of the training images; all unless given.
         num_test: the first so many of the test images; all unless given.
         preset: the model to start from, by name; the settings from hidden to likelihood change it.
+        guide: mean-field, low-rank, full-covariance, flow, prior, semi-amortised, or per-datum,
+            which trains on all images at once and is fitted anew to the test images.
         hidden: units of the decoder's hidden layers, from z to x.
         channels: of the convolutions between the image and the dense layers, from x to z.
         encoder_hidden: units of the encoder's, from x to z; the decoder's reversed unless given.
@@ -110,6 +115,7 @@ class Config:
     num_train: int | None = None
     num_test: int | None = None
     preset: str = "numpyro"
+    guide: str = "mean-field"
     hidden: tuple[int, ...] | None = None
     channels: tuple[int, ...] | None = None
     encoder_hidden: tuple[int, ...] | None = None
@@ -135,6 +141,7 @@ class Config:
     def __post_init__(self):
         for name, table in (
             ("preset", vae.PRESETS),
+            ("guide", guides.GUIDES),
             ("activation", ACTIVATIONS),
             ("likelihood", LIKELIHOODS),
             ("objective", OBJECTIVES),
@@ -161,6 +168,12 @@ class Config:
             )
         if self.seed < 0:
             raise ValueError(f"seed: expected at least 0, got {self.seed}")
+        for name in ("num_validation", "batch_size"):
+            if self.guide == "per-datum" and getattr(self, name):
+                raise ValueError(
+                    f"{name}: expected none with the guide per-datum, whose every step takes all "
+                    f"training images, got {getattr(self, name)}; leave it out"
+                )
 
     def data(self) -> Dataset:
         """Grey or colour images, split into training, validation and test."""
@@ -170,7 +183,7 @@ class Config:
         return load(
             self.dataset,
             data_dir=self.data_dir,
-            num_validation=self.num_validation,
+            num_validation=0 if self.guide == "per-datum" else self.num_validation,
             progress=self.progress,
         )
 
@@ -199,9 +212,9 @@ class Config:
         changes = {name: value for name, value in changes.items() if value is not None}
         return replace(preset, x_shape=dataset.x_shape, **changes)
 
-    def guide(self, model: Any) -> Any:
-        """The guide of the model."""
-        return guides.mean_field(model, self.encoder_hidden)
+    def make_guide(self, model: Any, num_data: int) -> Any:
+        """The guide of the model, for batches of so many data where it asks for their number."""
+        return guides.make(self.guide, model, hidden=self.encoder_hidden, num_data=num_data)
 
 
 @dataclass(frozen=True)
@@ -256,7 +269,8 @@ def train(
 ) -> Fit:
     """Fits model and guide, every step on freshly prepared images."""
     num_train = len(dataset.train["x"])
-    batch_size = config.batch_size or min(128, num_train)
+    most = num_train if config.guide == "per-datum" else 128
+    batch_size = config.batch_size or min(most, num_train)
     num_steps = -(-config.num_epochs * num_train // batch_size)
     optimizer = optax.adam(SCHEDULES[config.schedule](config.learning_rate, num_steps))
     if config.clip_norm is not None:
@@ -291,18 +305,47 @@ def judge(
 ) -> dict[str, Any]:
     """Every seed's terms of the ELBO and log-likelihood on the test images, pointwise."""
     key = random.fold_in(random.key(TEST_SEED), config.seed)
-    judged = {"terms": [], "log_likelihood": [], "z": []}
+    judged = {"terms": [], "log_likelihood": [], "z": [], "z_loc": []}
+    together = {}
     for i in range(config.num_seeds):
         seed_params = pictures.of_seed(params, i)
+        if config.guide == "per-datum":
+            guide, seed_params = fit_anew(config, model, seed_params, test)
+            together = {"batch_size": len(test["x"])}
         common = (model, guide, seed_params, test)
-        judged["terms"].append(elbo_terms(*common, key=key, num_samples=10))
+        judged["terms"].append(elbo_terms(*common, key=key, num_samples=10, **together))
         judged["log_likelihood"].append(
             log_likelihood(
-                *common, key=key, num_samples=config.num_samples, progress=config.progress
+                *common,
+                key=key,
+                num_samples=config.num_samples,
+                progress=config.progress,
+                **together,
             )
         )
-        judged["z"].append(encode(guide, seed_params, test["x"], test.get("c"), key=key))
+        x, c = test["x"], test.get("c")
+        judged["z"].append(encode(guide, seed_params, x, c, key=key))
+        judged["z_loc"].append(encode(guide, seed_params, x, c))
     return judged
+
+
+def fit_anew(
+    config: Config, model: Any, params: Mapping[str, Any], test: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The per-datum guide of the test images, fitted to the model as it is; all parameters."""
+    guide = config.make_guide(model, len(test["x"]))
+    kept = {name: value for name, value in params.items() if name not in ("z_loc", "z_scale")}
+    fitted = fit(
+        Held(model, kept),
+        guide,
+        test,
+        optimizer=optax.adam(optax.cosine_decay_schedule(0.05, PER_DATUM_STEPS)),
+        num_steps=PER_DATUM_STEPS,
+        batch_size=len(test["x"]),
+        seed=config.seed,
+        progress=config.progress,
+    )
+    return guide, kept | pictures.of_seed(fitted.params, 0)
 
 
 def estimate(per_seed: list[Estimate]) -> dict[str, Any]:
@@ -338,7 +381,13 @@ def summarize(
         ),
         "standard_error": test["log_likelihood"]["standard_error"] / (num_dims * np.log(2)),
     }
-    per_dim = np.stack([t.kl_per_dim["z"] for t in terms]).mean(0)
+    per_dim = None  # where the divergence is no sum over dimensions
+    if terms[0].kl_per_dim:
+        values = np.stack([t.kl_per_dim["z"] for t in terms]).mean(0)
+        per_dim = {
+            "estimate": values.mean(0).tolist(),
+            "standard_error": (values.std(0) / np.sqrt(len(values))).tolist(),
+        }
     variance, error = terms[0].activity["z"]
     active = [int(t.active["z"].sum()) for t in terms]
     settings = json.loads(json.dumps(asdict(config), default=str))
@@ -357,10 +406,7 @@ def summarize(
         "test": test,
         "active_units": active[0] if len(active) == 1 else float(np.mean(active)),
         "activity": {"estimate": variance.tolist(), "standard_error": error.tolist()},
-        "kl_per_dim": {
-            "estimate": per_dim.mean(0).tolist(),
-            "standard_error": (per_dim.std(0) / np.sqrt(len(per_dim))).tolist(),
-        },
+        "kl_per_dim": per_dim,
         "num_steps": fitted.info["num_steps"],
         "seconds": {key: fitted.info["seconds"][key] for key in ("compile", "run")},
         "device": fitted.info["device"],
@@ -422,20 +468,23 @@ def run(
     result = directory.read("result.json")
     if result is None:
         import_ahead("orbax.checkpoint", "matplotlib.backends.backend_agg", "arviz_base")
-        guide = config.guide(model)
+        guide = config.make_guide(model, len(dataset.train["x"]))
         fitted = train(config, model, guide, dataset, directory.path / "checkpoints")
         judging = time.perf_counter()
         test = held_out(model, dataset.test)
         judged = judge(config, model, guide, fitted.params, test)
         result = summarize(name, config, model, fitted, judged, dataset)
-        if isinstance(config, LabelConfig) and "c" in test:
+        # numbers of each datum know its own label alone
+        if isinstance(config, LabelConfig) and "c" in test and config.guide != "per-datum":
             result["labels"] = check_labels(config, model, guide, fitted, test)
         result["seconds"]["evaluate"] = time.perf_counter() - judging
-        pictures.draw(result, model, guide, fitted, test, directory.path)
+        z_loc = np.asarray(judged["z_loc"][0])
+        pictures.draw(result, model, fitted, z_loc, test, directory.path)
         write_trace(directory.path / "trace.nc", fitted, judged, test, result)
         result["seconds"]["total"] = time.perf_counter() - began
         directory.write("result.json", result)
     as_published = dataset.name == "mnist" and model == vae.PRESETS[config.preset]
+    as_published &= config.guide == "mean-field"
     target = (published or {}).get(config.preset) if as_published else None
     print(table(result, target))
     print(f"written to {directory.path}")

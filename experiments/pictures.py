@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from inference import Fit, decode, encode, interpolate, reconstruct, sample, traverse
+from inference import Fit, decode, interpolate, sample, traverse
 
 
 def of_seed(params: Mapping[str, Any], i: int) -> dict[str, Any]:
@@ -20,8 +20,8 @@ def of_seed(params: Mapping[str, Any], i: int) -> dict[str, Any]:
 def draw(
     result: Mapping[str, Any],
     model: Any,
-    guide: Any,
     fitted: Fit,
+    z_loc: np.ndarray,
     test: Mapping[str, Any],
     directory: Path,
 ) -> None:
@@ -29,7 +29,8 @@ def draw(
 
     Args:
         result: as in ``result.json``.
-        model, guide, fitted: what was trained.
+        model, fitted: what was trained.
+        z_loc: (N, dimensions), the guide's means for the test images.
         test: held-out data as the programs take them.
         directory: where the figures go.
     """
@@ -39,11 +40,10 @@ def draw(
         labels = np.arange(model.condition.num_classes, dtype=test["c"].dtype)
         last = labels[-1]
     draw_elbo(fitted, result, directory / "elbo.png")
-    draw_reconstructions(model, guide, params, test, dataset, directory / "reconstructions.png")
+    draw_reconstructions(model, params, z_loc, test, dataset, directory / "reconstructions.png")
     draw_samples(model, params, dataset, directory / "samples.png", labels)
-    per_dim = result["kl_per_dim"]["estimate"]
-    draw_latents(model, params, per_dim, dataset, directory / "latents.png", last)
-    draw_interpolations(model, guide, params, test, dataset, directory / "interpolations.png")
+    draw_latents(model, params, result, directory / "latents.png", last)
+    draw_interpolations(model, params, z_loc, test, dataset, directory / "interpolations.png")
 
 
 def to_grey(model: Any, x: Any) -> np.ndarray:
@@ -148,11 +148,11 @@ def draw_elbo(fitted: Fit, result: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_reconstructions(
-    model: Any, guide: Any, params: Any, test: Mapping[str, Any], dataset: str, path: Path
+    model: Any, params: Any, z_loc: np.ndarray, test: Mapping[str, Any], dataset: str, path: Path
 ) -> None:
     """Test images, and below each the mean of p(x | z, c) at the mean of q(z | x, c)."""
     x, c = test["x"][:12], test["c"][:12] if "c" in test else None
-    means = reconstruct(model, guide, params, x, c)
+    means = decode(model, params, z_loc[:12], c)
     grid(
         to_grey(model, np.stack([x, means])),
         path,
@@ -180,9 +180,10 @@ def draw_samples(model: Any, params: Any, dataset: str, path: Path, c: Any = Non
 
 
 def draw_latents(
-    model: Any, params: Any, kl_per_dim: Sequence[float], dataset: str, path: Path, c: Any = None
+    model: Any, params: Any, result: Mapping[str, Any], path: Path, c: Any = None
 ) -> None:
     """The plane of a two-dimensional z, or traversals of the dimensions that hold most."""
+    dataset = result["dataset"]
     if model.num_latents == 2:
         values = np.linspace(-2.5, 2.5, 15).astype(np.float32)
         z = np.stack(np.meshgrid(values, -values), -1).reshape(-1, 2)
@@ -199,7 +200,10 @@ def draw_latents(
             y_label="$z_2$",
         )
         return
-    dims = np.argsort(kl_per_dim)[::-1][:8]
+    holds, measure = result["activity"]["estimate"], "variance of its mean"
+    if result["kl_per_dim"]:
+        holds, measure = result["kl_per_dim"]["estimate"], "its KL (nats)"
+    dims = np.argsort(holds)[::-1][:8]
     values = np.linspace(-3, 3, 11).astype(np.float32)
     origin = jnp.zeros(model.num_latents)
     rows = [traverse(model, params, origin, int(dim), values, c) for dim in dims]
@@ -207,15 +211,15 @@ def draw_latents(
         to_grey(model, np.stack(rows)),
         path,
         f"{dataset}: means of p(x | z), one dimension of z varied from z = 0" + _given(c),
-        row_labels=[f"{dim}: {kl_per_dim[dim]:.2f}" for dim in dims],
+        row_labels=[f"{dim}: {holds[dim]:.2f}" for dim in dims],
         column_labels=[f"{v:g}" for v in values],
         x_label="value of that dimension",
-        y_label="dimension: its KL (nats)",
+        y_label=f"dimension: {measure}",
     )
 
 
 def draw_interpolations(
-    model: Any, guide: Any, params: Any, test: Mapping[str, Any], dataset: str, path: Path
+    model: Any, params: Any, z_loc: np.ndarray, test: Mapping[str, Any], dataset: str, path: Path
 ) -> None:
     """Straight lines in z between the latents of two test images (of one condition)."""
     x, c = np.asarray(test["x"]), np.asarray(test["c"]) if "c" in test else None
@@ -228,9 +232,8 @@ def draw_interpolations(
             pairs += [(same[0], same[1])] if len(same) > 1 else []
     rows = []
     for i, j in pairs:
-        index = np.array([i, j])
-        z = encode(guide, params, x[index], None if c is None else c[index])
-        between = interpolate(model, params, z[0], z[1], 9, None if c is None else c[i])
+        condition = None if c is None else c[i]
+        between = interpolate(model, params, z_loc[i], z_loc[j], 9, condition)
         rows.append(np.concatenate([x[i : i + 1], between, x[j : j + 1]]))
     if not rows:
         return

@@ -347,7 +347,7 @@ def _terms(
         "reconstruction": reconstruction,
         "kl": kl,
         "kl_per_dim": per_dim,
-        "z_loc": {name: _mean(q_sites[name]).reshape(size, -1) for name in latents},
+        "z_loc": {name: mean(q_sites[name]["fn"], key).reshape(size, -1) for name in latents},
     }
 
 
@@ -369,12 +369,13 @@ def _base(fn: Any) -> Any:
     return fn
 
 
-def _mean(site: Mapping[str, Any]) -> Array:
-    """The mean of a site's distribution, or its draw where the mean has no formula."""
+def mean(fn: dist.Distribution, key: Array) -> Array:
+    """The mean of a distribution, or of a thousand draws where it has no formula."""
     try:
-        return site["fn"].mean
+        return fn.mean
     except NotImplementedError:
-        return site["value"]
+        draws = lax.map(lambda key: fn.sample(key, (10,)).mean(0), random.split(key, 100))
+        return draws.mean(0)
 
 
 def _importance_sample(

@@ -15,7 +15,8 @@ from jax import random
 from jaxtyping import Array, Float, Num
 from numpyro.handlers import condition, seed, substitute, trace
 
-from inference.checks import check_values
+from inference.checks import check_data, check_values
+from inference.evaluation import mean
 
 Program = Callable[..., Any]
 Params = Mapping[str, Any]
@@ -39,7 +40,7 @@ class Sample(NamedTuple):
 def encode(
     guide: Program, params: Params, x: Arrays, c: Arrays | None = None, *, key: Array | None = None
 ) -> Float[Array, "N ..."]:
-    """The mean of q(z | x, c), or with a key a draw from it.
+    """The mean of q(z | x, c) (of a thousand draws, if it has no formula), or with a key a draw.
 
     Args:
         guide: a program with a site ``z``.
@@ -48,9 +49,10 @@ def encode(
         c: (N, ...), the conditions, where the guide has them.
         key: a random key.
     """
-    if key is None:
-        return _by_datum(_mean_of_z, guide, params, random.key(0), x=x, c=c)
-    return _by_datum(_draw_of_z, guide, params, key, x=x, c=c)
+    data = {"x": x} if c is None else {"c": c, "x": x}
+    check_data(data, None)
+    check_values([guide], data)
+    return _encode(guide, dict(params), data, random.key(0) if key is None else key, key is None)
 
 
 def decode(
@@ -95,7 +97,6 @@ def sample(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
-
     if c is None:
         return _vmapped(_draw, model, dict(params), random.split(key, num_samples), {})
     return _by_datum(_draw, model, params, key, c=jnp.repeat(jnp.asarray(c), num_samples, axis=0))
@@ -160,12 +161,10 @@ def _run(program: Program, params: Params, key: Array, datum: Mapping[str, Array
     return trace(seed(substitute(program, dict(params)), key)).get_trace(**data)
 
 
-def _mean_of_z(guide: Program, params: Params, key: Array, **datum: Array) -> Array:
-    return _run(guide, params, key, datum)["z"]["fn"].mean[0]
-
-
-def _draw_of_z(guide: Program, params: Params, key: Array, **datum: Array) -> Array:
-    return _run(guide, params, key, datum)["z"]["value"][0]
+@partial(jax.jit, static_argnames=("guide", "means"))
+def _encode(guide: Program, params: Any, data: dict[str, Array], key: Array, means: bool) -> Array:
+    z = trace(seed(substitute(guide, params), key)).get_trace(**data)["z"]
+    return mean(z["fn"], key) if means else z["value"]
 
 
 def _mean_of_x(model: Program, params: Params, key: Array, z: Array, **datum: Array) -> Array:
@@ -188,7 +187,7 @@ def _by_datum(
         raise ValueError(f"expected as many of each, got {lengths}")
     if "c" in arrays:
         check_values([program], {"c": arrays["c"]})
-    keys = random.split(key, *set(lengths.values()))
+    keys = random.split(key, next(iter(lengths.values())))
     return _vmapped(one, program, dict(params), keys, arrays)
 
 

@@ -53,7 +53,7 @@ class State(NamedTuple):
         return self.optimizer[1][0]
 
 
-SEED_AXES = State(None, None, None, *[0] * (len(State._fields) - 3))
+SEED_AXES = State._make([None] * 3 + [0] * (len(State._fields) - 3))
 
 
 class Loop:

@@ -45,6 +45,8 @@ import numpyro.distributions as dist
 from jax import random
 from jaxtyping import Array, ArrayLike, Float
 
+from models.conditions import Values
+
 # --- configuration --------------------------------------------------------------------------------
 
 
@@ -117,6 +119,9 @@ class Model:
 
     sigma_0: float = 1.0
     x_loc: float = 0.0
+
+    # what the families of models/guides.py ask of a model: c, x and z are numbers
+    x_shape, z_shape, num_latents, condition = (), (), 1, Values(())
 
     def __post_init__(self):
         _require_deviation("sigma_0", self.sigma_0)

@@ -141,21 +141,31 @@ class Decoder(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """From x, and the condition if there is one, to ``z_loc`` and ``z_scale``."""
+    """From x, and the condition if there is one, to the numbers of a guide.
 
-    def __init__(self, config: Any, hidden: Sequence[int], *, rngs: nnx.Rngs):
-        low, high = config.likelihood.low, config.likelihood.high
+    Args:
+        config: of any model with an ``x_shape``; what else it has of ``condition``, ``channels``,
+            ``activation``, ``dtype`` and ``likelihood``, which scales x, is used.
+        hidden: units of the hidden layers, from x to z.
+        num_outputs: numbers of one datum.
+    """
+
+    def __init__(self, config: Any, hidden: Sequence[int], num_outputs: int, *, rngs: nnx.Rngs):
+        likelihood = getattr(config, "likelihood", None)
+        low, high = (likelihood.low, likelihood.high) if likelihood else (0.0, 1.0)
         self.shift, self.stretch = low, 1 / (high - low)
         self.features = _features(config, rngs)
-        self.shrink = Shrink(config, rngs=rngs) if config.channels else None
-        num_inputs = math.prod(_smallest(config)) if config.channels else math.prod(config.x_shape)
-        sizes = (num_inputs + _num_features(config), *hidden, config.num_latents)
-        self.mlp = GaussianMLP(sizes, config.activation, config.dtype, rngs=rngs)
+        convolutional = getattr(config, "channels", ())
+        self.shrink = Shrink(config, rngs=rngs) if convolutional else None
+        num_inputs = math.prod(_smallest(config) if convolutional else config.x_shape)
+        sizes = (num_inputs + _num_features(config), *hidden, num_outputs)
+        activation = getattr(config, "activation", jax.nn.relu)
+        self.mlp = MLP(sizes, activation, getattr(config, "dtype", "float32"), rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "N ..."], c: Num[Array, "N ..."] | None = None
-    ) -> tuple[Float[Array, "N z"], Float[Array, "N z"]]:
-        """Each (N, num_latents)."""
+    ) -> Float[Array, "N k"]:
+        """(N, num_outputs)."""
         x = (x - self.shift) * self.stretch
         if self.shrink is not None:
             x = self.shrink(x)

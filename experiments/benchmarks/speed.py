@@ -280,7 +280,7 @@ SVHN_GUIDE = guides.mean_field(SVHN_MODEL)
 
 def svhn_networks(rngs):
     """The encoder and the decoder, as Flax makes them."""
-    encoder = Encoder(SVHN_MODEL, SVHN_GUIDE.hidden, rngs=rngs)
+    encoder = Encoder(SVHN_MODEL, SVHN_GUIDE.hidden, 2 * SVHN_MODEL.num_latents, rngs=rngs)
     return {"encoder": encoder, "decoder": Decoder(SVHN_MODEL, rngs=rngs)}
 
 
@@ -295,7 +295,8 @@ def svhn_loss(params, key, x):
     encode, decode = (
         nnx.merge(nnx.graphdef(abstract[name]), params[name]) for name in ("encoder", "decoder")
     )
-    loc, scale = encode(x)
+    loc, raw = jnp.split(encode(x), 2, axis=-1)
+    scale = jax.nn.softplus(raw) + 1e-4
     z = loc + scale * random.normal(key, loc.shape)
     x_loc = 2 * jax.nn.sigmoid(decode(z)[:, 0]) - 1
     log_x = (-0.5 * (x - x_loc) ** 2).sum((1, 2, 3)) - x[0].size * jnp.log(2 * jnp.pi) / 2

@@ -35,7 +35,7 @@ def test_the_hand_written_vae_is_the_same_arithmetic():
     params = speed.vae_init(jax.random.key(1))
     layers = {name: {"kernel": p["w"], "bias": p["b"]} for name, p in params.items()}
     tree = {
-        "encoder": {"mlp": {"mlp": {"layers": {0: layers["e1"], 1: layers["e2"]}}}},
+        "encoder": {"mlp": {"layers": {0: layers["e1"], 1: layers["e2"]}}},
         "decoder": {"mlp": {"layers": {0: layers["d1"], 1: layers["d2"]}}},
     }
     grey = {"x": jnp.full((4, 28, 28), 100, jnp.uint8)}

@@ -141,6 +141,15 @@ def test_colour_images_of_ones_own(tmp_path, capsys, rng):
         run(mnist_cvae, tmp_path / "other", **own)
 
 
+@pytest.mark.parametrize("guide", ["flow", "per-datum"])  # tests/models has every family
+def test_a_guide_by_its_name(guide, tmp_path):
+    result = run(mnist_cvae, tmp_path / "run", guide=guide, num_train=100, num_label_samples=2)
+    assert np.isfinite(result["test"]["log_likelihood"]["estimate"])
+    assert (result["kl_per_dim"] is None) == (guide == "flow")
+    assert ("labels" in result) == (guide != "per-datum")
+    assert {f"{name}.png" for name in FIGURES} <= {p.name for p in (tmp_path / "run").iterdir()}
+
+
 # --- settings -------------------------------------------------------------------------------------
 
 
@@ -154,7 +163,7 @@ def test_a_preset_is_changed_by_the_settings_that_are_given(preset):
     assert (changed.hidden, changed.num_latents) == ((7,), 2)
     assert changed.activation is jax.nn.silu
     assert changed.likelihood == LIKELIHOODS["gaussian"]
-    assert mnist_vae.Config(encoder_hidden=(3, 4)).guide(changed).hidden == (3, 4)
+    assert mnist_vae.Config(encoder_hidden=(3, 4)).make_guide(changed, 10).hidden == (3, 4)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +173,8 @@ def test_a_preset_is_changed_by_the_settings_that_are_given(preset):
         ({"likelihood": "poisson"}, "likelihood: expected one of bernoulli, .* got 'poisson'"),
         ({"activation": "cos"}, "activation: expected one of relu"),
         ({"objective": "Trace"}, "objective: expected one of Trace_ELBO"),
+        ({"guide": "mean"}, "guide: expected one of mean-field, .* got 'mean'"),
+        ({"guide": "per-datum", "batch_size": 5}, "batch_size: expected none with the guide per-d"),
         ({"schedule": "step"}, "schedule: expected one of constant, cosine, burda"),
         ({"num_epochs": 0}, "num_epochs: expected at least 1, got 0"),
         ({"num_samples": 0}, "num_samples: expected at least 1, got 0"),

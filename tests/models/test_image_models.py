@@ -401,7 +401,7 @@ def tiny(request):
     data = {"x": x.reshape(-1, 2, 2)} | ({} if c is None else {"c": c})
     params = draw_params(rng, 1.5, model, **data) | draw_params(rng, 0.5, guide, **data)
     # Wider than the prior, or the weights p / q have no variance.
-    layers = params["encoder"]["mlp"]["mlp"]["layers"]
+    layers = params["encoder"]["mlp"]["layers"]
     layers[max(layers)]["bias"][model.num_latents :] += 1.5
     quadrature = Quadrature(model, params, x, c)
     assert (quadrature.guide[1] > 0.75 * quadrature.prior[1]).all()
