@@ -306,7 +306,7 @@ def judge(
     """Every seed's terms of the ELBO and log-likelihood on the test images, pointwise."""
     key = random.fold_in(random.key(TEST_SEED), config.seed)
     judged = {"terms": [], "log_likelihood": [], "z": [], "z_loc": []}
-    together = {}
+    together: dict[str, Any] = {}
     for i in range(config.num_seeds):
         seed_params = pictures.of_seed(params, i)
         if config.guide == "per-datum":
