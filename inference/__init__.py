@@ -21,20 +21,31 @@ from inference.generation import (
     sample,
     traverse,
 )
-from inference.objectives import KLWarmUp, KLWeighted
+from inference.objectives import (
+    OBJECTIVES,
+    DoublyReparameterized,
+    FreeBits,
+    KLWarmUp,
+    KLWeighted,
+    StickingTheLanding,
+)
 from inference.optimizers import precondition
 from inference.particles import antithetic
 
 __all__ = [
+    "OBJECTIVES",
     "CheckpointError",
+    "DoublyReparameterized",
     "ElboTerms",
     "Estimate",
     "Fit",
+    "FreeBits",
     "KLWarmUp",
     "KLWeighted",
     "LabelCheck",
     "NonFiniteError",
     "Sample",
+    "StickingTheLanding",
     "antithetic",
     "decode",
     "elbo_terms",

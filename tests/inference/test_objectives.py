@@ -137,7 +137,7 @@ def test_a_warm_up_longer_than_the_training_is_refused():
     [
         ((Trace_ELBO(), 0), ValueError, "num_steps: expected at least 1, got 0"),
         ((Trace_ELBO(), 5, 1.5), ValueError, "start: expected a weight from 0 to 1, got 1.5"),
-        ((RenyiELBO(), 5), TypeError, "expected Trace_ELBO .* got RenyiELBO"),
+        ((RenyiELBO(), 5), TypeError, "expected Trace_ELBO, .* got RenyiELBO"),
     ],
 )
 def test_what_makes_no_warm_up_is_refused(arguments, error, message):
