@@ -15,6 +15,7 @@ arrive at seven numbers to a fraction of their standard errors because
 
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,18 @@ import jax
 import numpy as np
 import optax
 from jax import random
-from numpyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from tabulate import tabulate
 
+import inference
 from experiments.runs import Run, command_line, import_ahead
 from inference import Fit, antithetic, fit, pointwise_elbo, precondition, to_datatree
 from models import gaussian_mean
 
-OBJECTIVES = {
-    "Trace_ELBO": lambda: Trace_ELBO(num_particles=2, vectorize_particles=antithetic),
-    "TraceMeanField_ELBO": lambda: TraceMeanField_ELBO(
-        num_particles=2, vectorize_particles=antithetic
-    ),
-    "RenyiELBO": lambda: RenyiELBO(num_particles=2),
+# Of two particles each; where particles may be mirror images, they are.
+OBJECTIVES = {name: partial(build, 2) for name, build in inference.OBJECTIVES.items()} | {
+    "Trace_ELBO": lambda: Trace_ELBO(2, vectorize_particles=antithetic),
+    "TraceMeanField_ELBO": lambda: TraceMeanField_ELBO(2, vectorize_particles=antithetic),
 }
 
 
@@ -51,7 +51,8 @@ class Config:
         batch_size: data per step; 2000, or all there are if fewer, unless given.
         learning_rate: the first step's; it falls to zero along a cosine.
         average: fraction of the run, at its end, over which parameters are averaged.
-        objective: Trace_ELBO, TraceMeanField_ELBO or RenyiELBO.
+        objective: Trace_ELBO, TraceMeanField_ELBO, RenyiELBO (or importance-weighted, the same),
+            doubly-reparameterized or sticking-the-landing.
         num_seeds: restarts trained together.
         seed: of the data and of the first restart.
         out: directory of the run; a fresh one under runs/ unless given.

@@ -15,17 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import random
-from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from numpyro.infer.elbo import ELBO
 from tabulate import tabulate
 
 from experiments import pictures
 from experiments.datasets import Dataset, load
 from experiments.runs import Run, import_ahead
 from inference import (
+    OBJECTIVES,
     Estimate,
     Fit,
+    FreeBits,
     Held,
     KLWarmUp,
+    KLWeighted,
     elbo_terms,
     encode,
     fit,
@@ -48,7 +51,6 @@ ACTIVATIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,
     "gelu": jax.nn.gelu,
 }
-OBJECTIVES = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
 
 
 def burda_schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
@@ -93,7 +95,11 @@ class Config:
         likelihood: bernoulli, gaussian, gaussian-one-scale, gaussian-identity or
             discretized-logistic.
         dtype: in which the networks compute, float32 or bfloat16.
-        objective: Trace_ELBO or TraceMeanField_ELBO.
+        objective: Trace_ELBO, TraceMeanField_ELBO, RenyiELBO (or importance-weighted, the same),
+            doubly-reparameterized or sticking-the-landing.
+        num_particles: draws of z per image and step.
+        beta: weight of the KL divergence in the gradient; 1 is the ELBO's.
+        free_bits: nats per image below which a dimension's divergence costs nothing.
         num_epochs: passes over the training images.
         batch_size: images per step; 128, or all there are if fewer, unless given.
         learning_rate: Adam's, at the first step.
@@ -124,6 +130,9 @@ class Config:
     likelihood: str | None = None
     dtype: str = "float32"
     objective: str = "Trace_ELBO"
+    num_particles: int = 1
+    beta: float = 1.0
+    free_bits: float = 0.0
     num_epochs: int = 50
     batch_size: int | None = None
     learning_rate: float = 1e-3
@@ -152,7 +161,7 @@ class Config:
                 raise ValueError(f"{name}: expected one of {', '.join(table)}, got {value!r}")
         for name in (
             *("num_train", "num_test", "num_latents", "num_epochs", "batch_size"),
-            *("patience", "num_samples", "num_seeds"),
+            *("num_particles", "patience", "num_samples", "num_seeds"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -174,6 +183,34 @@ class Config:
                     f"{name}: expected none with the guide per-datum, whose every step takes all "
                     f"training images, got {getattr(self, name)}; leave it out"
                 )
+        for name in ("beta", "free_bits"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{name}: expected a finite number from 0, got {getattr(self, name)}"
+                )
+        self.elbo(warm_up=1)
+
+    def elbo(self, warm_up: int) -> ELBO:
+        """What is trained.
+
+        Args:
+            warm_up: steps over which the divergence's weight rises, where it is to rise.
+
+        Raises:
+            ValueError: settings that this objective does not know.
+        """
+        objective = OBJECTIVES[self.objective](self.num_particles)
+        try:
+            if self.beta != 1:
+                objective = KLWeighted(objective, self.beta)
+            if self.free_bits:
+                objective = FreeBits(objective, self.free_bits)
+            return KLWarmUp(objective, warm_up) if self.kl_warm_up else objective
+        except TypeError as error:
+            raise ValueError(
+                f"{error}: --objective {self.objective} with --beta {self.beta}, --free-bits "
+                f"{self.free_bits}, --kl-warm-up {self.kl_warm_up}"
+            ) from error
 
     def data(self) -> Dataset:
         """Grey or colour images, split into training, validation and test."""
@@ -275,16 +312,12 @@ def train(
     optimizer = optax.adam(SCHEDULES[config.schedule](config.learning_rate, num_steps))
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    objective = OBJECTIVES[config.objective]()
-    if config.kl_warm_up:
-        warm_up = max(1, int(config.kl_warm_up * num_train / batch_size))
-        objective = KLWarmUp(objective, warm_up)
-
+    warm_up = max(1, int(config.kl_warm_up * num_train / batch_size))
     return fit(
         model,
         guide,
         dataset.train,
-        objective=objective,
+        objective=config.elbo(warm_up),
         optimizer=optimizer,
         num_epochs=config.num_epochs,
         batch_size=batch_size,

@@ -22,21 +22,32 @@ from inference.generation import (
     traverse,
 )
 from inference.held import Held
-from inference.objectives import KLWarmUp, KLWeighted
+from inference.objectives import (
+    OBJECTIVES,
+    DoublyReparameterized,
+    FreeBits,
+    KLWarmUp,
+    KLWeighted,
+    StickingTheLanding,
+)
 from inference.optimizers import precondition
 from inference.particles import antithetic
 
 __all__ = [
+    "OBJECTIVES",
     "CheckpointError",
+    "DoublyReparameterized",
     "ElboTerms",
     "Estimate",
     "Fit",
+    "FreeBits",
     "Held",
     "KLWarmUp",
     "KLWeighted",
     "LabelCheck",
     "NonFiniteError",
     "Sample",
+    "StickingTheLanding",
     "antithetic",
     "decode",
     "elbo_terms",

@@ -1,15 +1,17 @@
 """Checks made once, before the first step, so that a fault is named and not trained on.
 
-| check            | of                   | cost                                               |
-|------------------|----------------------|----------------------------------------------------|
-| `check_data`     | the arrays           | one pass over the floating-point ones              |
-| `check_programs` | the model, the guide | one abstract run of each; nothing is computed      |
+| check              | of                                | cost                                    |
+|--------------------|-----------------------------------|-----------------------------------------|
+| `check_data`       | the arrays                        | one pass over the floating-point ones   |
+| `check_programs`   | the model, the guide              | one abstract run of each                |
+| `check_mean_field` | both, where divergences are exact | abstract runs; nothing is computed      |
 
-Both raise on the first fault, in one line: where it is, what was expected, what came, what to do.
+They raise on the first fault, in one line: where it is, what was expected, what came, what to do.
 """
 
 import copy
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -17,15 +19,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jax import Array
 from numpyro import handlers
+from numpyro.distributions.kl import kl_divergence
 from numpyro.infer.autoguide import AutoGuide
+from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger, apply_stack
 
-DATA_PLATE = "data"
+from inference.sites import DATA_PLATE, Site, base, in_data_plate, is_latent
+
 _SLAB = 2**20  # entries of an array looked at together: bounds the memory of the search for NaN
 
-Site = dict[str, Any]  # what NumPyro calls a message: one `sample`, `plate`, `param`, ... statement
 Check = Callable[[Site], None]
 
 
@@ -203,7 +208,7 @@ def check_programs(
             _check_unobserved(site)
 
         guide_trace = _trace("guide", guide, guide_key, batch, check_guide, {}, {})
-        draws = {name: site for name, site in guide_trace.items() if _is_latent(site)}
+        draws = {name: site for name, site in guide_trace.items() if is_latent(site)}
         params = {n: site["value"] for n, site in guide_trace.items() if site["type"] == "param"}
 
         def check_model(site: Site) -> None:
@@ -215,7 +220,7 @@ def check_programs(
         _check_no_stranger(draws, model_trace)
         _check_data_plate_used(model_trace, size)
         has_globals = any(
-            site["type"] == "sample" and not _in_data_plate(site)
+            site["type"] == "sample" and not in_data_plate(site)
             for site in (*guide_trace.values(), *model_trace.values())
         )
 
@@ -223,6 +228,100 @@ def check_programs(
     guide = copy.deepcopy(guide) if isinstance(guide, AutoGuide) else guide
     jax.eval_shape(run, key, dict(batch))
     return has_globals
+
+
+def check_mean_field(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: Mapping[str, Any],
+    *,
+    key: Array,
+) -> None:
+    """Checks that an ELBO may take the divergence of each latent site by itself.
+
+    The divergence of q(z_i | its parents in the guide) from p(z_i | its parents in the model) is
+    z_i's term of the ELBO only if no parent of z_i in the model is drawn from z_i in the guide:
+    else q's z_i, given that parent, is another. The dependencies are those of the programs'
+    log densities on the draws, whatever the order of the sites. A site is left alone where NumPyro
+    knows no formula for its divergence, and the ELBO takes the difference of log densities.
+
+    Args:
+        model, guide, batch, key: as in `check_programs`, which they have passed.
+
+    Raises:
+        ProgramError: a latent site's parent in the model is drawn from it in the guide.
+
+    Warns:
+        UserWarning: the dependencies between several latent sites could not be found.
+    """
+
+    def sites_of(program: Callable[..., Any], data: Mapping[str, Any], batch: Any) -> Any:
+        seeded = handlers.seed(program, key)
+        return handlers.trace(handlers.substitute(seeded, data=data)).get_trace(**batch)
+
+    def parents(program: Callable[..., Any], draws: dict[str, Any], params: Any, batch: Any) -> Any:
+        """By site, the draws on which its log density depends."""
+
+        def log_probs(**draws: Any) -> Any:
+            sites = sites_of(program, params | draws, batch)
+            return {
+                name: sites[name]["fn"].log_prob(draws[name]) for name in draws if name in sites
+            }
+
+        found = eval_provenance(log_probs, **draws)
+        return {name: set(sources) - {name} for name, sources in found.items()}
+
+    def find(batch: dict[str, Array]) -> None:
+        drawn = sites_of(guide, {}, batch)
+        draws = {name: site["value"] for name, site in drawn.items() if is_latent(site)}
+        params = {n: site["value"] for n, site in drawn.items() if site["type"] == "param"}
+        sites = sites_of(model, params | draws, batch)
+        shared = [name for name in draws if name in sites]
+        exact = [name for name in shared if _has_formula(drawn[name]["fn"], sites[name]["fn"])]
+        if len(shared) < 2 or not exact:
+            return
+        in_guide, in_model = (parents(fn, draws, params, batch) for fn in (guide, model))
+        for name in exact:
+            for parent in sorted(in_model[name]):
+                if name in _ancestors(parent, in_guide):
+                    raise ProgramError(
+                        f"site {name!r}: expected an exact divergence to be the site's term of "
+                        f"the ELBO, got a guide that draws {parent!r} from {name!r} where the "
+                        f"model draws {name!r} from {parent!r}; use Trace_ELBO, or draw them in "
+                        f"the model's order"
+                    )
+
+    guide = copy.deepcopy(guide) if isinstance(guide, AutoGuide) else guide
+    try:
+        jax.eval_shape(find, dict(batch))
+    except ProgramError:
+        raise
+    except Exception as error:
+        warnings.warn(
+            f"expected to find out which latent sites depend on which, got {error!r}; see to it "
+            f"that no site's parent in the model is drawn from it in the guide, or use Trace_ELBO",
+            stacklevel=2,
+        )
+
+
+def _has_formula(q: Any, p: Any) -> bool:
+    """Whether NumPyro takes the divergence by a formula that averages over q."""
+    if isinstance(base(q), dist.Delta):  # the log density at its one value
+        return False
+    try:
+        kl_divergence(q, p)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _ancestors(name: str, parents: Mapping[str, set[str]]) -> set[str]:
+    found, waiting = set(), [name]
+    while waiting:
+        new = parents[waiting.pop()] - found
+        found |= new
+        waiting += new
+    return found
 
 
 class _OnArrival(Messenger):
@@ -281,17 +380,9 @@ def _site_in_flight(error: Exception) -> Site | None:
     return site if site is not None and site["type"] == "sample" else None
 
 
-def _is_latent(site: Site) -> bool:
-    return site["type"] == "sample" and not site["is_observed"]
-
-
 def _is_auxiliary(site: Site) -> bool:
     """True of a guide's private draws, and of `numpyro.factor`, which observes an empty value."""
     return bool(site["infer"].get("is_auxiliary"))
-
-
-def _in_data_plate(site: Site) -> bool:
-    return any(frame.name == DATA_PLATE for frame in site["cond_indep_stack"])
 
 
 def _batch_shape(site: Site) -> tuple[int, ...]:
@@ -320,7 +411,7 @@ def _check_site(role: str, site: Site, batch_size: int, can_infer_discrete: bool
             _check_data_plate_size(role, frame.size, None, batch_size)
     _check_plate_sizes(role, site)
     _check_axes_in_plates(role, site)
-    if _is_latent(site) and not can_infer_discrete and site["fn"].support.is_discrete:
+    if is_latent(site) and not can_infer_discrete and site["fn"].support.is_discrete:
         raise ProgramError(
             f"{role} site {site['name']!r}: expected a continuous latent site, got one with "
             f"support {site['fn'].support}; observe it, sum it out in the model, relax it, or use "
@@ -428,7 +519,7 @@ def _check_no_stranger(draws: Mapping[str, Site], model_trace: Mapping[str, Site
     for name, site in draws.items():
         is_sampled = model_trace.get(name, {}).get("type") == "sample"
         if not is_sampled and not _is_auxiliary(site):
-            latents = sorted(name for name, site in model_trace.items() if _is_latent(site))
+            latents = sorted(name for name, site in model_trace.items() if is_latent(site))
             raise ProgramError(
                 f"guide site {name!r}: expected a model site of that name, got none among "
                 f"{latents}; add it to the model, or mark it infer={{'is_auxiliary': True}}"
@@ -437,7 +528,7 @@ def _check_no_stranger(draws: Mapping[str, Site], model_trace: Mapping[str, Site
 
 def _check_data_plate_used(model_trace: Mapping[str, Site], batch_size: int) -> None:
     sites = {name: site for name, site in model_trace.items() if site["type"] == "sample"}
-    if not any(_in_data_plate(site) for site in sites.values()):
+    if not any(in_data_plate(site) for site in sites.values()):
         raise ProgramError(
             f"model: expected a site in a plate named {DATA_PLATE!r} of size {batch_size}, the "
             f"leading length of the batch, got sites {sorted(sites)} in "

@@ -15,12 +15,12 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import lax, random
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real
-from numpyro.distributions.kl import kl_divergence
 from numpyro.handlers import replay, seed
 from numpyro.infer.util import compute_log_probs
 from tqdm import tqdm
 
 from inference.checks import check_data, check_values
+from inference.sites import elementwise_kl, sum_by_datum
 
 Program = Callable[..., Any]
 
@@ -277,21 +277,6 @@ def label_check(
 # --- one batch ------------------------------------------------------------------------------------
 
 
-def _sum_by_datum(terms: Mapping[str, Array], sites: Mapping[str, Any], size: int) -> Array:
-    """The sum of log densities of sites, by datum."""
-    total = jnp.zeros(size)
-    for name in sorted(terms):
-        axes = {f.name: f.dim for f in sites[name]["cond_indep_stack"]}
-        if "data" not in axes:
-            raise ValueError(
-                f'site {name!r}: expected it in the plate "data", got {sorted(axes)}; a global '
-                f"latent variable has no share of a datum's ELBO"
-            )
-        term = jnp.moveaxis(terms[name], axes["data"], 0)
-        total += term.reshape(len(term), -1).sum(1)
-    return total
-
-
 def _run(
     model: Program, guide: Program, params: Mapping[str, Any], data: Mapping[str, Any], key: Array
 ) -> tuple[dict[str, Array], dict[str, Any], dict[str, Array], dict[str, Any]]:
@@ -319,7 +304,7 @@ def _log_weight(
     def draw(key: Array) -> Array:
         log_q, q_sites, log_p, p_sites = _run(model, guide, params, arrays, key)
         size = _size(arrays)
-        return _sum_by_datum(log_p, p_sites, size) - _sum_by_datum(log_q, q_sites, size)
+        return sum_by_datum(log_p, p_sites, size) - sum_by_datum(log_q, q_sites, size)
 
     return draw
 
@@ -335,13 +320,13 @@ def _terms(
     latents = [name for name in prior if name in log_q]
     per_dim = {}
     for name in latents:
-        divergence = _elementwise_kl(q_sites[name]["fn"], p_sites[name]["fn"])
+        divergence = elementwise_kl(q_sites[name]["fn"], p_sites[name]["fn"])
         if divergence is not None:
             per_dim[name] = divergence.reshape(size, -1)
-    kl = _sum_by_datum(log_q, q_sites, size) - _sum_by_datum(prior, p_sites, size)
+    kl = sum_by_datum(log_q, q_sites, size) - sum_by_datum(prior, p_sites, size)
     if len(latents) == len(log_q) == len(prior) == len(per_dim) == 1:
         kl = per_dim[latents[0]].sum(1)
-    reconstruction = _sum_by_datum(observed, p_sites, size)
+    reconstruction = sum_by_datum(observed, p_sites, size)
     return {
         "elbo": reconstruction - kl,
         "reconstruction": reconstruction,
@@ -349,24 +334,6 @@ def _terms(
         "kl_per_dim": per_dim,
         "z_loc": {name: mean(q_sites[name]["fn"], key).reshape(size, -1) for name in latents},
     }
-
-
-def _elementwise_kl(q: dist.Distribution, p: dist.Distribution) -> Array | None:
-    """KL(q || p) in every dimension, or None where they do not factorise or have no formula."""
-    shape = q.batch_shape + q.event_shape
-    q, p = _base(q), _base(p)
-    if q.event_shape or p.event_shape:
-        return None
-    try:
-        return jnp.broadcast_to(kl_divergence(q, p), shape)
-    except NotImplementedError:
-        return None
-
-
-def _base(fn: Any) -> Any:
-    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution)):
-        fn = fn.base_dist
-    return fn
 
 
 def mean(fn: dist.Distribution, key: Array) -> Array:

@@ -11,13 +11,13 @@ from jax import lax, random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpyro import handlers
-from numpyro.infer import SVI, RenyiELBO
+from numpyro.infer import SVI, RenyiELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.svi import SVIState
 
-from inference.checks import check_programs
-from inference.objectives import KLWarmUp, KLWeighted, PerDatum
+from inference.checks import check_mean_field, check_programs
+from inference.objectives import FreeBits, KLWarmUp, KLWeighted, PerDatum, nested
 from inference.optimizers import GuardState, guard
 from inference.settings import Settings
 from inference.shuffle import epoch_word, permute
@@ -100,6 +100,8 @@ class Loop:
         if isinstance(guide, AutoGuide) and getattr(guide, "prototype_trace", None) is None:
             # An autoguide keeps its first run: let that be a concrete one, not a traced one.
             handlers.seed(guide, key)(**self.first_batch(key, data))
+        if any(isinstance(part, TraceMeanField_ELBO | FreeBits) for part in nested(objective)):
+            check_mean_field(model, guide, jax.eval_shape(self.first_batch, key, data), key=key)
         plain = objective.objective if isinstance(objective, KLWarmUp) else objective
         scaled = PerDatum(plain, self.num_data, self.has_globals)
         optimizer = guard(optimizer) if settings.on_nan == "skip" else optimizer

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, PyTree
 from numpyro.primitives import Messenger
 
 from inference.shuffle import permute
+from inference.sites import base
 
 
 def antithetic(particle: Callable[[Array], PyTree], keys: Array) -> PyTree:
@@ -76,9 +77,7 @@ class _Stratified(Messenger):
     def process_message(self, msg: Any) -> None:
         if msg["type"] != "sample" or msg["value"] is not None or msg["is_observed"]:
             return
-        fn = msg["fn"]
-        while isinstance(fn, (dist.Independent, dist.ExpandedDistribution)):
-            fn = fn.base_dist
+        fn = base(msg["fn"])
         if not isinstance(fn, dist.Normal):
             raise TypeError(
                 f"site {msg['name']!r}: expected a Normal with independent dimensions for "

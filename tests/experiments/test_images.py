@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import images, mnist_cvae, mnist_vae, pictures
+from inference import FreeBits, KLWarmUp, StickingTheLanding
 from models import vae
 from models.likelihoods import LIKELIHOODS
 
@@ -150,6 +151,25 @@ def test_a_guide_by_its_name(guide, tmp_path):
     assert {f"{name}.png" for name in FIGURES} <= {p.name for p in (tmp_path / "run").iterdir()}
 
 
+def test_an_objective_is_taken_by_name(tmp_path):
+    settings = {"objective": "doubly-reparameterized", "num_particles": 5}
+    out = tmp_path / "run"
+    result = run(mnist_vae, out, num_train=300, num_epochs=2, **settings)
+    assert {name: result["config"][name] for name in settings} == settings
+    held_out = az.from_netcdf(out / "trace.nc").validation_stats.elbo.values[0]
+    assert held_out[-1] > held_out[0]
+
+
+def test_settings_change_an_objective():
+    beta = mnist_vae.Config(objective="sticking-the-landing", beta=2.0, kl_warm_up=0.5).elbo(7)
+    assert isinstance(beta, KLWarmUp)
+    assert (beta.num_steps, beta.objective.kl_weight) == (7, 2.0)
+    assert isinstance(beta.objective.objective, StickingTheLanding)
+    free = mnist_vae.Config(objective="TraceMeanField_ELBO", num_particles=3, free_bits=0.2).elbo(7)
+    assert isinstance(free, FreeBits)
+    assert (free.nats, free.objective.num_particles) == (0.2, 3)
+
+
 # --- settings -------------------------------------------------------------------------------------
 
 
@@ -181,6 +201,11 @@ def test_a_preset_is_changed_by_the_settings_that_are_given(preset):
         ({"learning_rate": 0.0}, "learning_rate: expected a positive number"),
         ({"clip_norm": -1.0}, "clip_norm: expected a positive number"),
         ({"kl_warm_up": 60.0}, "kl_warm_up: expected 0 to num_epochs = 50, got 60"),
+        ({"num_particles": 0}, "num_particles: expected at least 1, got 0"),
+        ({"beta": -1.0}, "beta: expected a finite number from 0, got -1"),
+        ({"free_bits": float("inf")}, "free_bits: expected a finite number from 0, got inf"),
+        ({"free_bits": 0.1, "beta": 2.0}, "got KLWeighted.* --free-bits 0.1"),
+        ({"objective": "RenyiELBO", "kl_warm_up": 1.0}, "got RenyiELBO.* --kl-warm-up 1.0"),
         ({"seed": -1}, "seed: expected at least 0, got -1"),
     ],
 )
