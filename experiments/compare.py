@@ -102,6 +102,8 @@ def table(compared: DataFrame, differing: dict[str, dict[str, Any]], trees: Any)
     def number(value: float, error: float | None = None, sign: str = "", digits: int = 3) -> str:
         if np.isnan(value):
             return "-"
+        if error:  # two of its digits
+            digits = max(digits, int(1 - np.floor(np.log10(error))))
         written = f"{value:{sign}.{digits}f}"
         return written if error is None else f"{written} +- {error:.{digits}f}"
 

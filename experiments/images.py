@@ -328,7 +328,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The numbers of ``result.json``."""
     terms = judged["terms"]
-    test = {
+    test: dict[str, Any] = {
         part: estimate([getattr(t, part) for t in terms])
         for part in ("elbo", "reconstruction", "kl")
     }

@@ -22,7 +22,7 @@ import numpy as np
 from inference.evaluation import pareto_k_threshold
 
 if TYPE_CHECKING:
-    from arviz_plots import PlotCollection
+    from arviz_plots.plot_collection import PlotCollection
     from arviz_stats.utils import ELPDData
     from pandas import DataFrame
     from xarray import DataArray, Dataset, DataTree
@@ -31,7 +31,7 @@ else:  # a second or two to import
 
 Trees = Mapping[str, DataTree]
 
-NUM_WINDOWS = 200  # of a training trace, at most, of each of which a picture shows the mean
+NUM_WINDOWS = 100  # of a training trace, at most, of each of which a picture shows the mean
 
 
 def check_same_data(trees: Trees) -> None:
@@ -95,7 +95,9 @@ def elpd(tree: DataTree) -> ELPDData | None:
     pareto_k = _evaluation(tree, "pareto_k")
     if pareto_k is not None:
         pareto_k = pareto_k.max("chain", skipna=False)
-    return _elpd(values.mean(("chain", "draw"), dtype=np.float64), num_samples, pareto_k)
+    return _elpd(
+        values.astype(np.float64).mean(("chain", "draw"), skipna=False), num_samples, pareto_k
+    )
 
 
 def compare(trees: Trees) -> DataFrame:
@@ -128,7 +130,9 @@ def compare(trees: Trees) -> DataFrame:
     bounds = {run: _evaluation(tree, "elbo") for run, tree in trees.items()}
     columns = {
         "elbo": {
-            run: None if elbo is None else _elpd(elbo.mean("chain", dtype=np.float64), 1, None)
+            run: None
+            if elbo is None
+            else _elpd(elbo.astype(np.float64).mean("chain", skipna=False), 1, None)
             for run, elbo in bounds.items()
         },
         "log_likelihood": {run: elpd(tree) for run, tree in trees.items()},
@@ -181,16 +185,16 @@ def plot_elbo(trees: Trees) -> PlotCollection:
     """ELBO traces against steps and against seconds, with ArviZ's ``PlotCollection``.
 
     Lines are means over seeds and bands go from the least to the greatest seed. The recorded
-    steps of a training trace are averaged in at most 200 windows. Seconds are those of the training,
+    steps of a training trace are averaged in at most 100 windows. Seconds are the training's,
     spread evenly over its steps: every step is the same compiled program.
     """
     import xarray as xr
-    from arviz_plots import PlotCollection
+    from arviz_plots.plot_collection import PlotCollection
     from arviz_plots.visuals import fill_between_y, line_xy
 
     lines, kinds = [], {}
     for tree in trees.values():
-        last = int(tree["sample_stats"]["draw"][-1])
+        last = int(tree["sample_stats"].dataset["draw"][-1])
         rate = _seconds(tree) / last
         parts = []
         for kind, trace in _traces(tree).items():
@@ -232,15 +236,16 @@ def plot_elbo(trees: Trees) -> PlotCollection:
         x=dataset["x"],
         y_bottom=dataset["low"],
         y_top=dataset["high"],
-        ignore_aes={"linestyle"},
         alpha=0.25,
     )
     plot.map(line_xy, "elbo", x=dataset["x"], width=1.2)
     several = any(tree["sample_stats"].sizes["chain"] > 1 for tree in trees.values())
     title = "run (band: least to greatest seed)" if several else "run"
     plot.add_legend("run", title=title, loc="outside lower left", ncols=min(4, len(trees)))
-    plot.add_legend("trace", title="ELBO", loc="outside lower right")
-    axes = plot.viz["plot"]["elbo"] if "elbo" in plot.viz["plot"] else plot.viz["plot"]
+    plot.add_legend(
+        "trace", title="ELBO", loc="outside lower right", visual_kwargs={"color": "black"}
+    )
+    axes = plot.viz["plot"]
     for name, label in (("step", "step"), ("seconds", "training time, s, compilation apart")):
         axes.sel(axis=name).item().set_xlabel(label)
     first = axes.sel(axis="step").item()
@@ -277,7 +282,7 @@ def _evaluation(tree: DataTree, name: str) -> DataArray | None:
     """(chain, datum)."""
     if "evaluation" not in tree.children or name not in tree["evaluation"].data_vars:
         return None
-    return tree["evaluation"][name]
+    return tree["evaluation"].dataset[name]
 
 
 def _pareto_k_share(tree: DataTree) -> float:
@@ -288,13 +293,15 @@ def _pareto_k_share(tree: DataTree) -> float:
     return float((~good).mean())
 
 
-def _elpd(pointwise: DataArray, num_samples: int, pareto_k: DataArray | None) -> ELPDData:
+def _elpd(pointwise: DataArray, num_samples: int, pareto_k: Any) -> ELPDData:
     from arviz_stats.utils import ELPDData
 
-    size = pointwise.size
+    values, size = pointwise.values, pointwise.size
+    with np.errstate(invalid="ignore"):  # of a number that is not finite there is no error
+        deviation = float(values.std())
     return ELPDData(
-        elpd=float(pointwise.sum()),
-        se=float(np.sqrt(size) * pointwise.std()),
+        elpd=float(values.sum()),
+        se=float(np.sqrt(size)) * deviation,
         p=np.nan,  # effective parameters: what LOO takes off, and nothing is taken off here
         n_samples=num_samples,
         n_data_points=size,
@@ -308,7 +315,7 @@ def _elpd(pointwise: DataArray, num_samples: int, pareto_k: DataArray | None) ->
 
 def _compare(judged: Mapping[str, ELPDData]) -> DataFrame:
     """``arviz.compare`` per datum: mlpd, se, mlpd_diff and dse, from the best run to the worst."""
-    from arviz_stats import compare
+    from arviz_stats.loo import compare
 
     # Stacking, the default, exponentiates the pointwise values: those of images underflow.
     table = compare(dict(judged), method="pseudo-BMA", round_to="none")
@@ -325,12 +332,12 @@ def _compare(judged: Mapping[str, ELPDData]) -> DataFrame:
 
 def _traces(tree: DataTree) -> dict[str, DataArray]:
     """(chain, draw) by what they are, the training's averaged in windows."""
-    trace = tree["sample_stats"]["elbo"]
+    trace = tree["sample_stats"].dataset["elbo"]
     window = -(-trace.sizes["draw"] // NUM_WINDOWS)
     means = trace.coarsen(draw=window, boundary="trim", side="right").mean()
-    traces = {f"training (means of up to {NUM_WINDOWS} windows)": means}
+    traces = {f"training (mean of each of up to {NUM_WINDOWS} windows)": means}
     if "validation_stats" in tree.children:
-        traces["held out"] = tree["validation_stats"]["elbo"]
+        traces["held out"] = tree["validation_stats"].dataset["elbo"]
     return traces
 
 

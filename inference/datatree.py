@@ -137,12 +137,11 @@ def to_datatree(
         return DataTree(dataset)
 
     if judged:
-        names = dict.fromkeys(judged, ["datum"])
         tree["evaluation"] = DataTree(
             dict_to_dataset(
                 judged,
                 coords=coords,
-                dims=names,
+                dims={name: ["datum"] for name in judged},
                 sample_dims=["chain"],
                 attrs=library,
                 check_conventions=False,

@@ -214,7 +214,6 @@ def log_likelihood(
     Raises:
         ValueError: as in ``elbo_terms``.
     """
-
     num_largest = _tail_length(num_samples) + 1 if num_samples >= FEWEST_FOR_TAIL else 0
 
     def judge(params: PyTree, key: Array, batch: Mapping[str, Array]) -> Any:
@@ -448,7 +447,7 @@ def _pareto_k(largest: Float[np.ndarray, "N largest"], num_samples: int) -> Floa
 
     ArviZ takes all the weights and looks at these alone, so that zeros stand for the others.
     """
-    from arviz_stats.base import array_stats  # two seconds: SciPy, pandas, xarray
+    from arviz_stats.base.array import array_stats  # two seconds: SciPy, pandas, xarray
 
     log_w = largest.astype(np.float64)
     greatest, least = log_w[:, 0], log_w[:, -1]
