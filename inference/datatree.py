@@ -137,16 +137,16 @@ def to_datatree(
         return DataTree(dataset)
 
     if judged:
-        tree["evaluation"] = DataTree(
-            dict_to_dataset(
-                judged,
-                coords=coords,
-                dims={name: ["datum"] for name in judged},
-                sample_dims=["chain"],
-                attrs=library,
-                check_conventions=False,
-            )
+        dataset = dict_to_dataset(
+            judged,
+            coords=coords,
+            dims={name: ["datum"] for name in judged},
+            sample_dims=["chain"],
+            attrs=library,
+            check_conventions=False,
         )
+        dataset.attrs["sample_dims"] = "chain"  # netCDF has no lists of one
+        tree["evaluation"] = DataTree(dataset)
 
     num_steps = max(1, *result.info["num_steps"])  # not the steps after every seed has stopped
     keep, thinning = _thin(num_steps, max_draws)

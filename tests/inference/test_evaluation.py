@@ -180,8 +180,9 @@ def narrow(share):
     return OPTIMUM | {"phi_4": OPTIMUM["phi_4"] + np.float32(np.log(share))}
 
 
-@pytest.mark.parametrize("num_samples", [30, 225, 1000, 1013])
-@pytest.mark.parametrize("share", [0.05, 0.5, 1.5])
+@pytest.mark.parametrize(
+    ("num_samples", "share"), [(30, 0.5), (225, 0.5), (1000, 0.05), (1013, 1.5)]
+)
 def test_pareto_k_is_arvizs_own_on_all_the_weights(num_samples, share):
     draw = jax.jit(jax.vmap(evaluation._log_weight(*TOY, narrow(share), DATA)))
     key, at_once = jax.random.fold_in(KEY, 0), evaluation.DRAWS_AT_ONCE
@@ -190,7 +191,7 @@ def test_pareto_k_is_arvizs_own_on_all_the_weights(num_samples, share):
     expected = array_stats.psislw(-log_w.T.astype(np.float64))[1]  # it takes the logs of 1 / w
     result = log_likelihood(*TOY, narrow(share), DATA, key=KEY, num_samples=num_samples)
     # one program rounds log weights otherwise than another
-    np.testing.assert_allclose(result.pareto_k, expected, atol=1e-3)
+    np.testing.assert_allclose(result.pareto_k, expected, rtol=5e-3, atol=1e-3)
 
 
 def test_constant_weights_have_no_tail():
@@ -210,11 +211,10 @@ def test_a_guide_too_narrow_has_high_pareto_k():
         )
 
     # The weights of a Gaussian with a share of the variance have Pareto's k = 1 - share.
-    shares = [judged(share).high_pareto_k.estimate for share in (0.05, 0.9, 1.5)]
-    assert shares[0] > 0.5
-    assert shares[1:] == [0, 0]
-    deviations = [judged(share).pareto_k.mean() for share in (0.05, 0.3, 0.6)]
-    assert deviations[0] > deviations[1] > deviations[2]
+    bad, better, good = (judged(share) for share in (0.05, 0.5, 1.5))
+    assert bad.high_pareto_k.estimate > 0.5
+    assert good.high_pareto_k.estimate == 0
+    assert bad.pareto_k.mean() > better.pareto_k.mean() > good.pareto_k.mean()
 
 
 def test_the_threshold_and_the_share_above_it():
