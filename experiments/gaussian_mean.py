@@ -27,7 +27,7 @@ from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from tabulate import tabulate
 
 import inference
-from experiments.runs import Run, command_line, import_ahead
+from experiments.runs import Run, command_line, import_ahead, trace_attributes
 from inference import Fit, antithetic, fit, pointwise_elbo, precondition, to_datatree
 from models import gaussian_mean
 
@@ -150,11 +150,17 @@ def main(config: Config) -> dict[str, Any]:
     if result is None:
         import_ahead("orbax.checkpoint", "matplotlib.backends.backend_agg", "arviz_base")
         fitted = train(config, data, run.path / "checkpoints")
-        result = summarize(config, data, fitted, maximum, best_elbo)
+        elbos = judge(config, data, fitted)
+        result = summarize(config, data, fitted, elbos, maximum, best_elbo)
         draw_elbo(fitted, result, run.path / "elbo.png")
         draw_recovery(result, run.path / "recovery.png")
-        tree = to_datatree(fitted, constant_data={"c": data["c"]}, observed_data={"x": data["x"]})
-        tree.attrs["experiment"] = "gaussian_mean"
+        tree = to_datatree(
+            fitted,
+            constant_data={"c": data["c"]},
+            observed_data={"x": data["x"]},
+            evaluation={"elbo": elbos.astype(np.float32)},
+        )
+        tree.attrs |= trace_attributes("gaussian_mean", asdict(config), "gaussian_mean", data)
         tree.to_netcdf(run.path / "trace.nc", engine="h5netcdf")
         result["seconds"]["total"] = time.perf_counter() - began
         run.write("result.json", result)
@@ -163,10 +169,24 @@ def main(config: Config) -> dict[str, Any]:
     return result
 
 
+def judge(config: Config, data: dict[str, np.ndarray], fitted: Fit) -> np.ndarray:
+    """The ELBO of every seed and datum, (seed, N)."""
+    model, guide = gaussian_mean.Model(config.sigma_0), gaussian_mean.Guide(config.sigma_0)
+    key = random.key(config.seed)
+
+    @jax.jit
+    @jax.vmap
+    def evaluate(params: dict[str, Any]) -> Any:
+        return pointwise_elbo(model, guide, params, data, key=key)
+
+    return np.asarray(evaluate(fitted.params), np.float64)
+
+
 def summarize(
     config: Config,
     data: dict[str, np.ndarray],
     fitted: Fit,
+    elbos: np.ndarray,
     maximum: dict[str, float],
     best_elbo: float,
 ) -> dict[str, Any]:
@@ -186,15 +206,6 @@ def summarize(
         }
         for name in gaussian_mean.PARAMETERS
     }
-    model, guide = gaussian_mean.Model(config.sigma_0), gaussian_mean.Guide(config.sigma_0)
-    key = random.key(config.seed)
-
-    @jax.jit
-    @jax.vmap
-    def evaluate(params: dict[str, Any]) -> Any:
-        return pointwise_elbo(model, guide, params, data, key=key)
-
-    elbos = np.asarray(evaluate(fitted.params), np.float64)
     return {
         "experiment": "gaussian_mean",
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},

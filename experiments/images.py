@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from experiments import pictures
 from experiments.datasets import Dataset, load
-from experiments.runs import Run, import_ahead
+from experiments.runs import Run, import_ahead, trace_attributes
 from inference import (
     OBJECTIVES,
     Estimate,
@@ -34,8 +34,10 @@ from inference import (
     fit,
     label_check,
     log_likelihood,
+    pareto_k_threshold,
     to_datatree,
 )
+from inference.evaluation import FEWEST_FOR_TAIL
 from models import cvae, guides, vae
 from models.conditions import Labels
 from models.likelihoods import LIKELIHOODS
@@ -402,11 +404,14 @@ def summarize(
 ) -> dict[str, Any]:
     """The numbers of ``result.json``."""
     terms = judged["terms"]
-    test = {
+    test: dict[str, Any] = {
         part: estimate([getattr(t, part) for t in terms])
         for part in ("elbo", "reconstruction", "kl")
     }
     test["log_likelihood"] = estimate(judged["log_likelihood"])
+    high = [e.high_pareto_k for e in judged["log_likelihood"]]
+    threshold = pareto_k_threshold(config.num_samples)
+    test["pareto_k"] = None if None in high else estimate(high) | {"threshold": threshold}
     num_dims = int(np.prod(model.x_shape))
     test["bits_per_dim"] = {
         "estimate": float(
@@ -457,6 +462,9 @@ def table(result: dict[str, Any], published: tuple[float, str] | None) -> str:
     if published:
         rows[-1] = (*rows[-1][:3], f"{published[0]:.2f}")
     rows.append(("bits per dimension", test["bits_per_dim"], 4, ""))
+    pareto_k = test.get("pareto_k")
+    if pareto_k:
+        rows.append((f"share with k-hat >= {pareto_k['threshold']:.2f}", pareto_k, 4, ""))
     if "labels" in result:
         greatest = f"at most {result['labels']['greatest_information']:.3f}"
         rows.append(("label's information", result["labels"]["information"], 3, greatest))
@@ -476,6 +484,7 @@ def table(result: dict[str, Any], published: tuple[float, str] | None) -> str:
         f"{result['num_parameters']} parameters\n\n{body}\n\n"
         f"log likelihood: {likelihood['num_samples']} importance samples per image, Monte Carlo "
         f"error {likelihood['monte_carlo_error']:.3f}"
+        + ("" if pareto_k else f"; k-hat: not available, needs {FEWEST_FOR_TAIL} samples")
         + (f"; target: {published[1]}" if published else "")
         + f"\nactive units: {result['active_units']} of {result['num_latents']}\n"
         f"{result['device']}: compiling {seconds['compile']:.1f} s, training "
@@ -500,7 +509,7 @@ def run(
     directory = Run(name, config)
     result = directory.read("result.json")
     if result is None:
-        import_ahead("orbax.checkpoint", "matplotlib.backends.backend_agg", "arviz_base")
+        import_ahead("orbax.checkpoint", "matplotlib.backends.backend_agg", "arviz_stats")
         guide = config.make_guide(model, len(dataset.train["x"]))
         fitted = train(config, model, guide, dataset, directory.path / "checkpoints")
         judging = time.perf_counter()
@@ -554,13 +563,19 @@ def write_trace(
     result: Mapping[str, Any],
 ) -> None:
     """ELBO traces, and of every test image its log-likelihood and a draw of z, for ArviZ."""
-    likelihoods = [e.pointwise for e in judged["log_likelihood"]]
+    likelihoods = judged["log_likelihood"]
+    evaluation = {"elbo": np.stack([t.elbo.pointwise for t in judged["terms"]])}
+    if likelihoods[0].pareto_k is not None:
+        evaluation["pareto_k"] = np.stack([e.pareto_k for e in likelihoods])
     tree = to_datatree(
         fitted,
         posterior={"z": np.stack([np.asarray(z) for z in judged["z"]])[:, None]},
-        log_likelihood={"x": np.stack(likelihoods)[:, None]},
+        log_likelihood={"x": np.stack([e.pointwise for e in likelihoods])[:, None]},
+        evaluation=evaluation,
         constant_data={"c": test["c"]} if "c" in test else None,
         dims={"z": ["datum", "latent"], "x": ["datum"], "c": ["datum"]},
     )
-    tree.attrs |= {"experiment": result["experiment"], "dataset": result["dataset"]}
+    tree.attrs |= trace_attributes(
+        result["experiment"], result["config"], result["dataset"], test
+    ) | {"num_samples": likelihoods[0].num_samples}
     tree.to_netcdf(path, engine="h5netcdf")

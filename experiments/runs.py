@@ -16,11 +16,13 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tyro
+
+from inference.describe import describe_arrays
 
 UNSAVED = ("out", "progress")  # settings that change where a run is and how it looks, not what
 
@@ -74,8 +76,7 @@ class Run:
 
     def __init__(self, name: str, config: Any):
         self.path = Path(config.out) if config.out else fresh_directory(Path("runs"), name)
-        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in UNSAVED}
-        settings = {"experiment": name} | json.loads(json.dumps(settings, default=str))
+        settings = saved_settings(name, dataclasses.asdict(config))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             found = self.read("config.json")
@@ -118,6 +119,31 @@ class Run:
         temporary = path.with_name(f".{name}.{os.getpid()}")
         temporary.write_text(json.dumps(value, indent=2) + "\n")
         temporary.replace(path)
+
+
+def saved_settings(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """An experiment's settings as ``config.json`` has them."""
+    settings = {k: v for k, v in config.items() if k not in UNSAVED}
+    return {"experiment": name} | json.loads(json.dumps(settings, default=str))
+
+
+def trace_attributes(
+    name: str, config: Mapping[str, Any], dataset: str, data: Mapping[str, Any]
+) -> dict[str, str]:
+    """What ``trace.nc`` says of a run, so that ``inference.comparison`` can set it by another.
+
+    Args:
+        name: the experiment's.
+        config: its settings.
+        dataset: the data set's name.
+        data: the arrays that were judged; their types, shapes and hashes are kept.
+    """
+    return {
+        "experiment": name,
+        "settings": json.dumps(saved_settings(name, config)),
+        "dataset": dataset,
+        "data": json.dumps(describe_arrays(data, contents=True)),
+    }
 
 
 def fresh_directory(parent: Path, name: str) -> Path:

@@ -10,6 +10,7 @@ from inference.evaluation import (
     elbo_terms,
     label_check,
     log_likelihood,
+    pareto_k_threshold,
     pointwise_elbo,
 )
 from inference.generation import (
@@ -56,6 +57,7 @@ __all__ = [
     "interpolate",
     "label_check",
     "log_likelihood",
+    "pareto_k_threshold",
     "pointwise_elbo",
     "precondition",
     "reconstruct",

@@ -25,6 +25,7 @@ def to_datatree(
     *,
     posterior: Mapping[str, Any] | None = None,
     log_likelihood: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
     observed_data: Mapping[str, Any] | None = None,
     constant_data: Mapping[str, Any] | None = None,
     coords: Mapping[str, Any] | None = None,
@@ -41,6 +42,8 @@ def to_datatree(
     fit               the fitted parameters, where ``posterior`` is given; ArviZ's schema has no
                       group for them, and pymc-extras keeps a fitted guide's under this name
     log_likelihood    (chain, draw, datum), nats
+    evaluation        (chain, datum): what the judges say of each datum, such as its ``elbo`` and
+                      ``pareto_k``
     sample_stats      ``elbo`` (chain, draw) of the training, nats per datum; NaN where a seed had
                       stopped or a step was skipped
     validation_stats  ``elbo`` (chain, draw) of held-out data, if there were any
@@ -61,6 +64,7 @@ def to_datatree(
         result: what ``fit`` returned.
         posterior: latent draws by site, each (seed, draw, ...).
         log_likelihood: pointwise log-likelihood by observed site, each (seed, draw, datum).
+        evaluation: other pointwise numbers by name, each (seed, datum).
         observed_data, constant_data: arrays by name.
         coords: coordinate values by dimension, other than ``chain`` and ``draw``.
         dims: names of a variable's axes after (chain, draw), by variable; ``<variable>_dim_<i>``
@@ -107,6 +111,8 @@ def to_datatree(
     groups = {group: _arrays(group, tree) for group, tree in groups.items() if tree is not None}
     for group, arrays in groups.items():
         _check_axes(group, arrays, seed=num_seeds, draw=None)
+    judged = _arrays("evaluation", evaluation or {})
+    _check_axes("evaluation", judged, seed=num_seeds, datum=None)
     groups["posterior" if posterior is None else "fit"] = params
     for group, tree in (("observed_data", observed_data), ("constant_data", constant_data)):
         if tree is not None:
@@ -129,6 +135,18 @@ def to_datatree(
         )
         dataset["elbo"].attrs.update(attrs, units=ELBO_UNITS)
         return DataTree(dataset)
+
+    if judged:
+        dataset = dict_to_dataset(
+            judged,
+            coords=coords,
+            dims={name: ["datum"] for name in judged},
+            sample_dims=["chain"],
+            attrs=library,
+            check_conventions=False,
+        )
+        dataset.attrs["sample_dims"] = "chain"  # netCDF has no lists of one
+        tree["evaluation"] = DataTree(dataset)
 
     num_steps = max(1, *result.info["num_steps"])  # not the steps after every seed has stopped
     keep, thinning = _thin(num_steps, max_draws)

@@ -25,6 +25,7 @@ from inference.sites import elementwise_kl, sum_by_datum
 Program = Callable[..., Any]
 
 DRAWS_AT_ONCE = 20  # of every datum of a batch, in memory together
+FEWEST_FOR_TAIL = 30  # draws, of which six make the smallest tail that ArviZ can fit
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,15 @@ class Estimate:
         num_samples: draws of z for each datum.
         monte_carlo_variance: (N,), the part of each number's variance that its draws are to blame
             for (to first order in 1 / num_samples), where it is known.
+        pareto_k: (N,), the shape k-hat of the tail of each datum's importance weights (Vehtari et
+            al. 2024, section 3), where there are weights and enough of them. -inf where they are
+            constant, which no tail is lighter than; NaN where no tail could be fitted.
     """
 
     pointwise: Float[np.ndarray, " N"]
     num_samples: int
     monte_carlo_variance: Float[np.ndarray, " N"] | None = None
+    pareto_k: Float[np.ndarray, " N"] | None = None
 
     @property
     def estimate(self) -> float:
@@ -58,6 +63,18 @@ class Estimate:
         if self.monte_carlo_variance is None:
             return float("nan")
         return float(np.sqrt(np.sum(self.monte_carlo_variance)) / len(self.pointwise))
+
+    @property
+    def high_pareto_k(self) -> "Estimate | None":
+        """The share of data with a k-hat that is not below ``pareto_k_threshold``: too high.
+
+        The error of their number is larger than ``monte_carlo_error`` says, and falls slowly
+        with more draws: the guide is too narrow there, or in the wrong place.
+        """
+        if self.pareto_k is None:
+            return None
+        good = self.pareto_k < pareto_k_threshold(self.num_samples)  # NaN is not
+        return Estimate((~good).astype(float), self.num_samples)
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,11 @@ class ElboTerms:
         that mean itself depends on the condition: look at ``kl_per_dim`` then.
         """
         return {name: variance > 0.01 for name, (variance, _) in self.activity.items()}
+
+
+def pareto_k_threshold(num_samples: int) -> float:
+    """k-hat is good below it: min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024, section 3.2.4)."""
+    return float(min(1 - 1 / np.log10(num_samples), 0.7)) if num_samples > 1 else -np.inf
 
 
 def pointwise_elbo(
@@ -180,7 +202,9 @@ def log_likelihood(
 
     log (1 / S) sum_s p(x, z_s | c) / q(z_s | x, c) with z_s from the guide: below log p(x | c) in
     expectation, by about half the ``monte_carlo_variance``, and it rises to it with S. The sum is
-    kept as a running maximum and a scaled total, so that memory does not grow with S.
+    kept as a running maximum and a scaled total, so that memory does not grow with S but for the
+    3 sqrt(S) largest weights of each datum, from whose Pareto fit ``pareto_k`` comes. That needs
+    30 draws; with fewer it is None.
 
     Args:
         model, guide, params, data, key, progress: as in ``elbo_terms``.
@@ -190,14 +214,17 @@ def log_likelihood(
     Raises:
         ValueError: as in ``elbo_terms``.
     """
+    num_largest = _tail_length(num_samples) + 1 if num_samples >= FEWEST_FOR_TAIL else 0
 
     def judge(params: PyTree, key: Array, batch: Mapping[str, Array]) -> Any:
-        return _importance_sample(_log_weight(model, guide, params, batch), key, num_samples)
+        draw = _log_weight(model, guide, params, batch)
+        return _importance_sample(draw, key, num_samples, num_largest)
 
-    values, variance = _over_data(
+    values, variance, largest = _over_data(
         judge, (model, guide), params, data, key, num_samples, batch_size, progress, "log p"
     )
-    return Estimate(values, num_samples, variance)
+    pareto_k = _pareto_k(largest, num_samples) if num_largest else None
+    return Estimate(values, num_samples, variance, pareto_k)
 
 
 @dataclass(frozen=True)
@@ -346,28 +373,63 @@ def mean(fn: dist.Distribution, key: Array) -> Array:
 
 
 def _importance_sample(
-    draw: Callable[[Array], Array], key: Array, num_samples: int
-) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
-    """The log of the mean weight of every datum, and the variance of that log over draws."""
+    draw: Callable[[Array], Array], key: Array, num_samples: int, num_largest: int = 0
+) -> tuple[Float[Array, " N"], Float[Array, " N"], Float[Array, "N largest"]]:
+    """The log of the mean weight of every datum, the variance of that log over draws, and the
+    largest log weights, from the greatest on.
+    """
     at_once = min(num_samples, DRAWS_AT_ONCE)
 
-    def add(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        greatest, total, squares = carry
+    def add(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        greatest, total, squares, largest = carry
         log_w = jax.vmap(draw)(random.split(random.fold_in(key, i), at_once))
         counted = i * at_once + jnp.arange(at_once) < num_samples
         log_w = jnp.where(counted[:, None], log_w, -jnp.inf)
         new = jnp.maximum(greatest, log_w.max(0))
         old, w = jnp.exp(greatest - new), jnp.exp(log_w - new)
-        return new, old * total + w.sum(0), old**2 * squares + (w**2).sum(0)
+        largest = lax.top_k(jnp.concatenate([largest, log_w.T], axis=1), num_largest)[0]
+        return new, old * total + w.sum(0), old**2 * squares + (w**2).sum(0), largest
 
     # The first draws may have no finite weight: a finite floor keeps the differences defined.
     shape = jax.eval_shape(draw, key).shape
-    start = jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape), jnp.zeros(shape)
-    greatest, total, squares = lax.fori_loop(0, -(-num_samples // at_once), add, start)
+    zeros, floor = jnp.zeros(shape), jnp.full(shape, jnp.finfo(jnp.float32).min)
+    start = floor, zeros, zeros, jnp.full((*shape, num_largest), -jnp.inf)
+    greatest, total, squares, largest = lax.fori_loop(0, -(-num_samples // at_once), add, start)
     return (
         greatest + jnp.log(total / num_samples),
         jnp.maximum(squares / total**2 - 1 / num_samples, 0.0),
+        largest,
     )
+
+
+def _tail_length(num_samples: int) -> int:
+    """How many of the largest weights make the tail: floor(min(S / 5, 3 sqrt(S))), as in ArviZ.
+
+    Vehtari et al. (2024, section 3.2.1) round up.
+    """
+    return int(min(num_samples // 5, 3 * num_samples**0.5))
+
+
+def _pareto_k(largest: Float[np.ndarray, "N largest"], num_samples: int) -> Float[np.ndarray, " N"]:
+    """ArviZ's k-hat of every datum, from the tail of its log weights and the one below it.
+
+    ArviZ takes all the weights and looks at these alone, so that zeros stand for the others.
+    """
+    from arviz_stats.base.array import array_stats  # two seconds: SciPy, pandas, xarray
+
+    log_w = largest.astype(np.float64)
+    greatest, least = log_w[:, 0], log_w[:, -1]
+    pareto_k = np.full(len(log_w), np.nan)
+    finite = np.isfinite(greatest)
+    # Differences of a few units in the last place are rounding, which is no tail.
+    rounding = 64 * np.finfo(np.float32).eps * np.maximum(1, np.abs(greatest))
+    constant = finite & (greatest - np.where(finite, least, 0) <= rounding)
+    pareto_k[constant] = -np.inf
+    for i in np.flatnonzero(finite & ~constant):
+        weights = np.zeros(num_samples)
+        weights[: log_w.shape[1]] = np.exp(log_w[i] - greatest[i])
+        pareto_k[i] = array_stats.pareto_khat(weights[None], r_eff=1.0, tail="right")
+    return pareto_k
 
 
 # --- all the data ---------------------------------------------------------------------------------

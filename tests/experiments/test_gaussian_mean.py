@@ -54,7 +54,9 @@ def test_the_same_settings_serve_other_truths(mu_0, sigma_0, sigma, seed):
     config = script.Config(mu_0=mu_0, sigma_0=sigma_0, sigma=sigma, seed=seed, progress=False)
     data = config.truth().simulate(config.num_data, seed)
     maximum, best = gaussian_mean.maximum_likelihood(data, sigma_0)
-    result = script.summarize(config, data, script.train(config, data), maximum, best)
+    fitted = script.train(config, data)
+    elbos = script.judge(config, data, fitted)
+    result = script.summarize(config, data, fitted, elbos, maximum, best)
     assert max(worst_errors(result).values()) < 0.5, worst_errors(result)
     assert max(abs(e - best) for e in result["elbo"]["per_seed"]) < 0.005
 
@@ -198,7 +200,9 @@ def test_every_objective_trains(objective):
     config = script.Config(objective=objective, num_seeds=1, num_steps=1500, progress=False)
     data = config.truth().simulate(config.num_data, config.seed)
     maximum, best = gaussian_mean.maximum_likelihood(data, config.sigma_0)
-    result = script.summarize(config, data, script.train(config, data), maximum, best)
+    fitted = script.train(config, data)
+    elbos = script.judge(config, data, fitted)
+    result = script.summarize(config, data, fitted, elbos, maximum, best)
     assert max(worst_errors(result).values()) < 3, worst_errors(result)
     assert abs(result["elbo"]["estimate"] - best) < 0.005
 

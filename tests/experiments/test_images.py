@@ -96,6 +96,19 @@ def test_arviz_opens_the_trace(finished):
     assert tree.posterior.z.shape[2:] == (60, result["num_latents"])
 
 
+def test_the_share_of_high_pareto_k(finished):
+    result, out = finished
+    reported = result["test"]["pareto_k"]
+    assert reported["num_samples"] == 30
+    assert reported["threshold"] == pytest.approx(1 - 1 / np.log10(30))
+    pareto_k = az.from_netcdf(out / "trace.nc").evaluation.pareto_k.values
+    assert pareto_k.shape == (result["config"]["num_seeds"], 60)
+    assert reported["estimate"] == pytest.approx((~(pareto_k < reported["threshold"])).mean())
+    assert f"share with k-hat >= {reported['threshold']:.2f}" in images.table(result, None)
+    result = result | {"test": result["test"] | {"pareto_k": None}}
+    assert "k-hat: not available, needs 30 samples" in images.table(result, None)
+
+
 def test_seeds_are_reported_together_and_apart(vae_run):
     likelihood = vae_run[0]["test"]["log_likelihood"]
     assert len(likelihood["per_seed"]) == 2

@@ -56,6 +56,7 @@ def make_tree(num_seeds=3, **settings):
         make_fit(num_seeds, **settings),
         posterior={"z": rng.normal(size=(num_seeds, 20, 4))},
         log_likelihood={"x": rng.normal(size=(num_seeds, 20, 5))},
+        evaluation={"pareto_k": rng.normal(size=(num_seeds, 5))},
         observed_data={"x": np.arange(60, dtype=np.uint8).reshape(5, 3, 4)},
         constant_data={"c": np.arange(5)},
         coords={"latent": list("abcd")},
@@ -104,6 +105,7 @@ def test_groups_and_dimensions():
     assert dims == {
         "posterior/z": ("chain", "draw", "latent"),
         "log_likelihood/x": ("chain", "draw", "datum"),
+        "evaluation/pareto_k": ("chain", "datum"),
         "fit/w": ("chain", "draw"),
         "fit/b": ("chain", "draw", "b_dim_0"),
         "observed_data/x": ("datum", "x_dim_0", "x_dim_1"),
@@ -132,7 +134,7 @@ def test_the_posterior_is_the_parameters_unless_draws_are_given():
 
 def test_the_chain_coordinate_is_the_seed():
     tree = make_tree(num_seeds=2)
-    for group in ("posterior", "fit", "log_likelihood", "sample_stats"):
+    for group in ("posterior", "fit", "log_likelihood", "evaluation", "sample_stats"):
         np.testing.assert_array_equal(tree[group].chain.values, [7, 8])
 
 
@@ -267,6 +269,7 @@ def test_arviz_reads_it(num_seeds, saved, tmp_path, agg):
             r"posterior: expected 'z' of shape \(seed=3, draw=20, ...\), got \(3, 21\)",
         ),
         ({"log_likelihood": {"x": np.zeros((5, 3))}}, r"log_likelihood: .*seed=3.* got \(5, 3\)"),
+        ({"evaluation": {"k": np.zeros((5, 3))}}, r"evaluation: .*seed=3.* got \(5, 3\)"),
         ({"coords": {"chain": [0, 1, 2]}}, r"coords: .* got \['chain'\]; leave them out"),
         ({"max_draws": 0}, "max_draws: expected a whole number from 1, or None .* got 0"),
         ({"constant_data": {"draw": np.zeros(2)}}, "constant_data: .* got 'draw'.* rename"),

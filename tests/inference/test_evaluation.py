@@ -6,8 +6,17 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from arviz_stats.base import array_stats
 
-from inference import elbo_terms, evaluation, label_check, log_likelihood, pointwise_elbo
+from inference import (
+    Estimate,
+    elbo_terms,
+    evaluation,
+    label_check,
+    log_likelihood,
+    pareto_k_threshold,
+    pointwise_elbo,
+)
 from models import gaussian_mean
 
 X = jnp.linspace(-2, 2, 9)
@@ -152,11 +161,96 @@ def test_memory_does_not_grow_with_the_samples():
     arrays = {name: jnp.asarray(array) for name, array in DATA.items()}
     draw = evaluation._log_weight(*TOY, AWAY, arrays)
 
-    def needed(num_samples):
-        sampler = jax.jit(lambda key: evaluation._importance_sample(draw, key, num_samples))
+    def needed(num_samples, num_largest=0):
+        sampler = jax.jit(
+            lambda key: evaluation._importance_sample(draw, key, num_samples, num_largest)
+        )
         return sampler.lower(KEY).compile().memory_analysis().temp_size_in_bytes
 
     assert needed(100_000) == needed(100) < 100 * needed(1)
+    # the tail and a new one, its indices and what sorting takes: not the 100,000 of each datum
+    assert needed(100_000, 950) - needed(100) < 20 * 950 * 4 * len(DATA["x"])
+
+
+# --- k-hat ----------------------------------------------------------------------------------------
+
+
+def narrow(share):
+    """The toy's optimum, its guide's variance only this share of the posterior's."""
+    return OPTIMUM | {"phi_4": OPTIMUM["phi_4"] + np.float32(np.log(share))}
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "share"), [(30, 0.5), (225, 0.5), (1000, 0.05), (1013, 1.5)]
+)
+def test_pareto_k_is_arvizs_own_on_all_the_weights(num_samples, share):
+    draw = jax.jit(jax.vmap(evaluation._log_weight(*TOY, narrow(share), DATA)))
+    key, at_once = jax.random.fold_in(KEY, 0), evaluation.DRAWS_AT_ONCE
+    keys = [jax.random.fold_in(key, i) for i in range(-(-num_samples // at_once))]
+    log_w = np.concatenate([draw(jax.random.split(key, at_once)) for key in keys])[:num_samples]
+    expected = array_stats.psislw(-log_w.T.astype(np.float64))[1]  # it takes the logs of 1 / w
+    result = log_likelihood(*TOY, narrow(share), DATA, key=KEY, num_samples=num_samples)
+    # one program rounds log weights otherwise than another
+    np.testing.assert_allclose(result.pareto_k, expected, rtol=5e-3, atol=1e-3)
+
+
+def test_constant_weights_have_no_tail():
+    for scale in (1.0, 1e3):  # rounding grows with the log weights
+        data = {"c": DATA["c"], "x": DATA["x"] * np.float32(scale)}
+        result = log_likelihood(*TOY, OPTIMUM, data, key=KEY, num_samples=1000)
+        assert (result.pareto_k == -np.inf).all()
+        assert result.high_pareto_k.estimate == 0
+
+
+def test_a_guide_too_narrow_has_high_pareto_k():
+    repeated = {name: np.tile(array, 20) for name, array in DATA.items()}
+
+    def judged(share):
+        return log_likelihood(
+            *TOY, narrow(share), repeated, key=KEY, num_samples=1000, batch_size=460
+        )
+
+    # The weights of a Gaussian with a share of the variance have Pareto's k = 1 - share.
+    bad, better, good = (judged(share) for share in (0.05, 0.5, 1.5))
+    assert bad.high_pareto_k.estimate > 0.5
+    assert good.high_pareto_k.estimate == 0
+    assert bad.pareto_k.mean() > better.pareto_k.mean() > good.pareto_k.mean()
+
+
+def test_the_threshold_and_the_share_above_it():
+    assert pareto_k_threshold(100) == pytest.approx(0.5)
+    assert pareto_k_threshold(1000) == pytest.approx(2 / 3)
+    assert pareto_k_threshold(10_000) == pytest.approx(0.7)
+    k = np.array([0.4, 0.5, 0.6, np.nan, -np.inf])
+    share = Estimate(np.zeros(5), 100, pareto_k=k).high_pareto_k
+    np.testing.assert_array_equal(share.pointwise, [0, 1, 1, 1, 0])
+    assert share.estimate == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 29])
+def test_too_few_samples_have_no_pareto_k(num_samples):
+    result = log_likelihood(*TOY, AWAY, DATA, key=KEY, num_samples=num_samples)
+    assert result.pareto_k is None
+    assert result.high_pareto_k is None
+    assert Estimate(result.pointwise, num_samples).high_pareto_k is None
+
+
+def test_weights_that_are_all_zero_have_no_pareto_k():
+    def impossible(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("x", dist.Uniform(z - 1, z + 1), obs=x)
+
+    def standard(x):
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Normal(0.0, 1.0))
+
+    data = {"x": np.array([0.0, 50.0], np.float32)}
+    result = log_likelihood(impossible, standard, {}, data, key=KEY, num_samples=100)
+    assert result.pointwise[1] == -np.inf
+    assert np.isnan(result.pareto_k[1])
+    assert result.pareto_k[0] == -np.inf  # zero or the same: bounded
+    assert result.high_pareto_k.pointwise.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("judge", [elbo_terms, log_likelihood])
