@@ -21,6 +21,7 @@ from inference.generation import (
     sample,
     traverse,
 )
+from inference.held import Held
 from inference.objectives import KLWarmUp, KLWeighted
 from inference.optimizers import precondition
 from inference.particles import antithetic
@@ -30,6 +31,7 @@ __all__ = [
     "ElboTerms",
     "Estimate",
     "Fit",
+    "Held",
     "KLWarmUp",
     "KLWeighted",
     "LabelCheck",
