@@ -25,6 +25,7 @@ A batch's ELBO varies by several nats, more than what is to be seen: the traces 
 ELBO of all the images.
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -114,7 +115,7 @@ class Config:
             raise ValueError(f"seed: expected at least 0, got {self.seed}")
 
     def data(self) -> tuple[dict[str, np.ndarray], linear_gaussian.Model, str]:
-        """Grey levels on [0, 1] less the test images' mean, their model, and what they are called."""
+        """Grey levels less the test images' mean, their model, and what they are called."""
         dataset = load(
             self.dataset, data_dir=self.data_dir, num_validation=0, progress=self.progress
         )
@@ -281,7 +282,7 @@ def main(config: Config) -> dict[str, Any]:
             held = held or hold(model, of_seed(first.params, 0), config.seed)
         result = {
             "experiment": "linear_gaussian",
-            "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+            "config": json.loads(json.dumps(asdict(config), default=str)),
             "dataset": {"name": name, "num_train": len(data["x"])},
             "maximum": {
                 "log_likelihood": best_likelihood,

@@ -60,7 +60,7 @@ import numpyro
 import numpyro.distributions as dist
 from flax import nnx
 from jax import random
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
 from models.conditions import Condition, Labels
 
@@ -161,14 +161,14 @@ def _mean(model: Model, params: Mapping[str, Any], c: Any) -> Array:
 
 
 def _residual(
-    model: Model, params: Mapping[str, Any], data: Mapping[str, ArrayLike]
+    model: Model, params: Mapping[str, Any], data: Mapping[str, Any]
 ) -> Float[Array, "N D"]:
     """x - B c - b."""
     x = jnp.asarray(data["x"])
     return x.reshape(len(x), -1) - _mean(model, params, data.get("c"))
 
 
-def precision(params: Mapping[str, ArrayLike]) -> Float[Array, "K K"]:
+def precision(params: Mapping[str, Any]) -> Float[Array, "K K"]:
     """Lambda = I + W^T W / sigma^2, the precision of p(z | x, c): Gaussian precisions add.
 
     Args:
@@ -179,7 +179,7 @@ def precision(params: Mapping[str, ArrayLike]) -> Float[Array, "K K"]:
 
 
 def posterior(
-    model: Model, params: Mapping[str, ArrayLike], data: Mapping[str, ArrayLike]
+    model: Model, params: Mapping[str, Any], data: Mapping[str, Any]
 ) -> tuple[Float[Array, "N K"], Float[Array, "K K"]]:
     """The exact p(z | x, c): the mean for each datum, and the covariance, which they share.
 
@@ -197,7 +197,7 @@ def posterior(
 
 
 def log_likelihood(
-    model: Model, params: Mapping[str, ArrayLike], data: Mapping[str, ArrayLike]
+    model: Model, params: Mapping[str, Any], data: Mapping[str, Any]
 ) -> Float[Array, " N"]:
     """The exact log p(x | c), in nats, for each datum.
 
@@ -220,7 +220,7 @@ def log_likelihood(
     return -0.5 * (num_dims * math.log(2 * math.pi) + log_det + squares)
 
 
-def mean_field_gap(params: Mapping[str, ArrayLike]) -> Float[Array, ""]:
+def mean_field_gap(params: Mapping[str, Any]) -> Float[Array, ""]:
     """What the best mean-field Gaussian guide loses, the same for every datum: nats per datum.
 
     With q's mean at the posterior's and its covariance S, KL(q || p) is
@@ -241,7 +241,7 @@ def mean_field_gap(params: Mapping[str, ArrayLike]) -> Float[Array, ""]:
 
 
 def prior_gap(
-    model: Model, params: Mapping[str, ArrayLike], data: Mapping[str, ArrayLike]
+    model: Model, params: Mapping[str, Any], data: Mapping[str, Any]
 ) -> Float[Array, " N"]:
     """What the prior loses as a guide, KL(p(z) || p(z | x, c)), in nats, for each datum.
 
