@@ -47,6 +47,8 @@ SMALL = {
     "svhn_vae": "--dataset digits --channels 4 8 --hidden 8 --num-epochs 1 --num-train 200 "
     "--num-test 20 --num-samples 5 --no-progress",
     "compare": "",
+    "linear_gaussian": "--dataset digits --num-train 200 --num-latents 3 --num-steps 20 "
+    "--no-progress",
     "gaussian_mean": "--num-data 2000 --num-steps 100 --batch-size 100 --num-seeds 2 --no-progress",
 }
 
