@@ -151,6 +151,29 @@ def mean_field(model: Any, hidden: tuple[int, ...] | None = None) -> MeanField:
     return MeanField(model, _hidden(model, hidden))
 
 
+class CholeskyNormal(dist.TransformedDistribution):
+    """Normal(loc, L L^T) as loc + L e.
+
+    Unlike NumPyro's ``MultivariateNormal`` it remembers the e that it drew. To solve for e, where
+    L comes from a network in float32, can lose every digit, and report any ELBO.
+    """
+
+    def __init__(self, loc: Array, scale_tril: Array):
+        noise = dist.Normal(jnp.zeros_like(loc), 1.0).to_event(1)
+        super().__init__(noise, transforms.LowerCholeskyAffine(loc, scale_tril))
+
+    @property
+    def mean(self) -> Array:
+        """The location."""
+        return self.transforms[0].loc
+
+    @property
+    def covariance_matrix(self) -> Array:
+        """L L^T."""
+        scale_tril = self.transforms[0].scale_tril
+        return scale_tril @ jnp.swapaxes(scale_tril, -1, -2)
+
+
 @dataclass(frozen=True)
 class FullCovariance(Amortised):
     """q(z | x, c) = Normal(z; loc, L L^T) with loc and L functions of (x, c)."""
@@ -171,7 +194,7 @@ class FullCovariance(Amortised):
         rows, columns = jnp.tril_indices(size, -1)
         unit = jnp.broadcast_to(jnp.eye(size), (*z_loc.shape, size))
         unit = unit.at[..., rows, columns].set(below / size**0.5)
-        return dist.MultivariateNormal(z_loc, scale_tril=_scale(raw)[..., None] * unit)
+        return CholeskyNormal(z_loc, _scale(raw)[..., None] * unit)
 
 
 def full_covariance(model: Any, hidden: tuple[int, ...] | None = None) -> FullCovariance:
