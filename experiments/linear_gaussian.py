@@ -218,14 +218,14 @@ def judge(
     elbos, likelihoods, gaps = [], [], []
     for own in params:
 
-        def elbo(batch: Any, i: Any, own: dict[str, Any] = own) -> Any:
+        def bound(batch: Any, i: Any, own: dict[str, Any] = own) -> Any:
             draws = {"key": random.fold_in(key, i), "num_samples": config.num_samples}
             return pointwise_elbo(model, guide, own, batch, **draws)
 
         def exact(batch: Any, i: Any, own: dict[str, Any] = own) -> Any:
             return linear_gaussian.log_likelihood(model, own, batch)
 
-        elbos.append(by_datum(elbo, data))
+        elbos.append(by_datum(bound, data))
         likelihoods.append(by_datum(exact, data))
         gap = GAPS[name]
         gaps.append(None if gap is None else gap(own))
@@ -380,8 +380,8 @@ def draw_elbo(config: Config, fits: Mapping[str, Fit], result: dict[str, Any], p
         for i, guide in enumerate(config.guides):
             label, color = f"{kind}/{guide}", f"C{i}"
             row, fitted = result["fits"][label], fits[f"{kind}/{guide}"]
-            for j, trace in enumerate(fitted.validation_elbo):
-                steps = fitted.info["validation_steps"]
+            traces, steps = np.array(fitted.validation_elbo), fitted.info["validation_steps"]
+            for j, trace in enumerate(traces):
                 axes.plot(steps, trace, "o-", color=color, ms=3, lw=1, label=None if j else guide)
             if kind == "held" and row["best_gap"] is not None:
                 level = row["log_likelihood"]["estimate"] - row["best_gap"]
