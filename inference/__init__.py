@@ -21,7 +21,7 @@ from inference.generation import (
     sample,
     traverse,
 )
-from inference.objectives import KLWarmUp, KLWeighted
+from inference.objectives import Hybrid, KLWarmUp, KLWeighted
 from inference.optimizers import precondition
 from inference.particles import antithetic
 
@@ -30,6 +30,7 @@ __all__ = [
     "ElboTerms",
     "Estimate",
     "Fit",
+    "Hybrid",
     "KLWarmUp",
     "KLWeighted",
     "LabelCheck",

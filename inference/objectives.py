@@ -7,7 +7,8 @@ On a batch of B out of N data,
 whose expectation over batches and draws is the same for every B. The terms outside the plate
 are those of global latent variables; where there are none this is the batch's loss over B.
 
-And how the divergence is weighed while training warms up: ``KLWarmUp``.
+And how the divergence is weighed while training warms up: ``KLWarmUp``. And how a model is trained
+on draws from its own prior, alone or beside the guide's: ``Hybrid``.
 """
 
 import copy
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from numpyro.handlers import block
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger
@@ -175,3 +177,59 @@ class KLWeighted(ELBO):
 
 def _with_gradient_of(value: Any, other: Any) -> Any:
     return other + lax.stop_gradient(value - other)
+
+
+class Hybrid(ELBO):
+    """A mixture of the ELBO and of what the model expects of its own prior's draws.
+
+        alpha * E_q [ log p(x, z | c) - log q(z | x, c) ]  +  (1 - alpha) * E_p [ log p(x | z, c) ],
+
+    with z ~ p(z | c) in the second (Sohn, Lee & Yan 2015, equation 8, who write x -> y for our
+    c -> x). The second is the ELBO whose guide is the prior: what the paper's Gaussian stochastic
+    network is trained on, and the way in which the model is used where x is unknown. Both are
+    lower bounds of log p(x | c), and so is the mixture.
+
+    Args:
+        alpha: the share of the ELBO, 0 to 1.
+        objective: ``Trace_ELBO`` (unless given) or ``TraceMeanField_ELBO``.
+
+    Raises:
+        ValueError: a share out of range.
+        TypeError: an objective that is no expectation over draws of the guide.
+    """
+
+    def __init__(self, alpha: float, objective: ELBO | None = None):
+        objective = Trace_ELBO() if objective is None else objective
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: expected a share from 0 to 1, got {alpha}")
+        if type(objective) not in (Trace_ELBO, TraceMeanField_ELBO):
+            raise TypeError(
+                f"objective: expected Trace_ELBO or TraceMeanField_ELBO, got "
+                f"{type(objective).__name__}; a mixture of others is not the paper's"
+            )
+        super().__init__(objective.num_particles)
+        self.alpha, self.objective = alpha, copy.copy(objective)
+        self.objective.sum_sites = False  # summed by name, as in PerDatum
+        self.can_infer_discrete = objective.can_infer_discrete
+
+    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+        """The loss, and the programs' mutable state (that of the guide's draws, if there are any).
+
+        Both parts have the same key: at alpha 1 and 0 the loss is that of one part to the bit.
+        """
+
+        def part(guide: Any) -> Any:
+            method = self.objective.loss_with_mutable_state
+            result = method(rng_key, param_map, model, guide, *args, **kwargs)
+            return result | {"loss": _sum_by_name(result["loss"])}
+
+        prior = block(model, hide_fn=_is_observed_sample)
+        if self.alpha in (0, 1):
+            return part(guide if self.alpha else prior)
+        by_prior, by_guide = part(prior), part(guide)
+        loss = self.alpha * by_guide["loss"] + (1 - self.alpha) * by_prior["loss"]
+        return by_guide | {"loss": loss}
+
+
+def _is_observed_sample(msg: Any) -> bool:
+    return msg["type"] == "sample" and msg["is_observed"]

@@ -55,3 +55,35 @@ def mean_field(model: Any, hidden: tuple[int, ...] | None = None) -> MeanField:
             unless given.
     """
     return MeanField(model, model.hidden[::-1] if hidden is None else hidden)
+
+
+@dataclass(frozen=True)
+class PriorAsGuide:
+    """q(z | x, c) = p(z | c): the model itself, whose observations are hidden.
+
+    Attributes:
+        model: any NumPyro program.
+    """
+
+    model: Any
+
+    def __call__(self, **data: Any) -> None:
+        """Samples the model's latent sites from its prior, and shares its parameters."""
+        with numpyro.handlers.block(hide_fn=_is_observed_sample):
+            self.model(**data)
+
+
+def _is_observed_sample(msg: Any) -> bool:
+    return msg["type"] == "sample" and msg["is_observed"]
+
+
+def prior_as_guide(model: Any) -> PriorAsGuide:
+    """The guide that has not seen x: log p - log q is then log p(x | z, c), with z from p(z | c).
+
+    Its ELBO is the objective of Sohn, Lee & Yan's stochastic network (2015, section 4.2), and
+    importance sampling from it their Monte Carlo estimate of log p(x | c).
+
+    Args:
+        model: any NumPyro program; without latent variables the guide is empty.
+    """
+    return PriorAsGuide(model)
