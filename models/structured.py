@@ -126,9 +126,7 @@ class Quadrants:
         quarters = jnp.stack(parts, axis=-1)
         return quarters[..., : self.num_observed], quarters[..., self.num_observed :]
 
-    def merge(
-        self, c: Num[Any, "N h w k"], x: Num[Any, "N h w m"]
-    ) -> Num[Array, "N height width"]:
+    def merge(self, c: Num[Any, "N h w k"], x: Num[Any, "N h w m"]) -> Num[Array, "N height width"]:
         """The images whose observed and missing quadrants are ``c`` and ``x``."""
         quarters = jnp.concatenate([c, x], axis=-1)
         bottom_left, top_left, top_right, bottom_right = jnp.moveaxis(quarters, -1, 0)
@@ -222,9 +220,7 @@ class Baseline:
         """Within a program: the baseline's logits of x."""
         return network("baseline", lambda rngs: BaselineNetwork(self, rngs=rngs))(c)
 
-    def __call__(
-        self, c: Float[Any, "N h w k"], x: Float[Any, "N h w m"] | None = None
-    ) -> None:
+    def __call__(self, c: Float[Any, "N h w k"], x: Float[Any, "N h w m"] | None = None) -> None:
         """Samples x given c, or observes it if it is given."""
         self.check_data(c)
         check_images(x, self.x_shape)
@@ -296,9 +292,7 @@ class Model:
         without_c = vae.Model(**{name: getattr(self, name) for name in names})
         return Decoder(self if self.decoder_sees_c else without_c, rngs=rngs)
 
-    def __call__(
-        self, c: Float[Any, "N h w k"], x: Float[Any, "N h w m"] | None = None
-    ) -> None:
+    def __call__(self, c: Float[Any, "N h w k"], x: Float[Any, "N h w m"] | None = None) -> None:
         """Samples z and x given c, and observes x if it is given."""
         self.check_data(c)
         check_images(x, self.x_shape)
