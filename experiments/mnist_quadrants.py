@@ -92,10 +92,12 @@ class Config:
         num_train: the first so many of the training images; all unless given.
         num_test: the first so many of the test images; all unless given.
         preset: small, which trains in minutes, or paper, the sizes of the paper.
+        binary_c: whether the observed quadrants are binarised with the others, or grey.
         decoder_sees_c: whether the decoder sees the observed quadrants beside z.
         alpha: the share of the CVAE's objective in the hybrid one; the rest is the GSNN's.
         joint: whether the baseline's weights are trained on, with the others.
-        num_epochs: passes over the training images, at most, for each of the three models.
+        num_epochs: passes over the training images, at most, for the GSNN and the CVAE.
+        baseline_epochs: the same, for the baseline.
         batch_size: images per step; 128, or all there are if fewer, unless given.
         learning_rate: Adam's, at the first step; it falls to zero along a cosine.
         patience: stop after so many epochs without a better validation likelihood.
@@ -113,10 +115,12 @@ class Config:
     num_train: int | None = None
     num_test: int | None = None
     preset: str = "small"
+    binary_c: bool = False
     decoder_sees_c: bool = False
     alpha: float = 1.0
     joint: bool = False
     num_epochs: int = 30
+    baseline_epochs: int = 15
     batch_size: int | None = None
     learning_rate: float = 1e-3
     patience: int = 5
@@ -133,8 +137,8 @@ class Config:
                     f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
         for name in (
-            *("num_train", "num_test", "num_validation", "num_epochs", "batch_size"),
-            *("patience", "num_particles", "num_samples"),
+            *("num_train", "num_test", "num_validation", "num_epochs", "baseline_epochs"),
+            *("batch_size", "patience", "num_particles", "num_samples"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -166,7 +170,7 @@ class Config:
         """The preset, for these images and quadrants."""
         preset = structured.PRESETS[self.preset]
         quadrants = structured.Quadrants(int(self.quadrants), dataset.x_shape)
-        baseline = replace(preset.baseline, quadrants=quadrants)
+        baseline = replace(preset.baseline, quadrants=quadrants, binary_c=self.binary_c)
         return replace(preset, baseline=baseline, decoder_sees_c=self.decoder_sees_c)
 
 
@@ -181,10 +185,12 @@ def train(config: Config, model: structured.Model, dataset: Dataset, path: Path)
     """
     num_train = len(dataset.train["x"])
     batch_size = config.batch_size or min(128, num_train)
-    num_steps = -(-config.num_epochs * num_train // batch_size)
-    adam = optax.adam(optax.cosine_decay_schedule(config.learning_rate, num_steps))
+
+    def adam(num_epochs: int) -> optax.GradientTransformation:
+        num_steps = -(-num_epochs * num_train // batch_size)
+        return optax.adam(optax.cosine_decay_schedule(config.learning_rate, num_steps))
+
     settings: dict[str, Any] = {
-        "num_epochs": config.num_epochs,
         "batch_size": batch_size,
         "preprocess": model.prepare,
         "validation": held_out(model, dataset.validation or {}),
@@ -199,15 +205,18 @@ def train(config: Config, model: structured.Model, dataset: Dataset, path: Path)
             baseline,
             guides.prior_as_guide(baseline),
             dataset.train,
-            optimizer=adam,
+            optimizer=adam(config.baseline_epochs),
+            num_epochs=config.baseline_epochs,
             checkpoint=path / "nn",
             **settings,
         )
     }
-    frozen = optax.partition({"free": adam, "frozen": optax.set_to_zero()}, _labels)
+    free = adam(config.num_epochs)
+    frozen = optax.partition({"free": free, "frozen": optax.set_to_zero()}, _labels)
     around = {
         "init_params": pictures.of_seed(fits["nn"].params, 0),
-        "optimizer": adam if config.joint else frozen,
+        "optimizer": free if config.joint else frozen,
+        "num_epochs": config.num_epochs,
         "validation_objective": RenyiELBO(alpha=0, num_particles=config.num_particles),
     }
     for name, guide, objective in (
@@ -241,8 +250,8 @@ def judge(
     prior, recognition = guides.prior_as_guide(model), guides.mean_field(model)
     empty = guides.prior_as_guide(model.baseline)
     key = random.fold_in(random.key(TEST_SEED), config.seed)
-    common = {"key": key, "progress": config.progress}
-    many = common | {"num_samples": config.num_samples}
+    common: dict[str, Any] = {"key": key, "progress": config.progress}
+    many: dict[str, Any] = common | {"num_samples": config.num_samples}
     elbo = elbo_terms(model, recognition, params["cvae"], data, num_samples=10, **common).elbo
     judged = {
         "nn": log_likelihood(model.baseline, empty, params["nn"], data, num_samples=1, **common),

@@ -218,8 +218,8 @@ def fit(
         takes = jax.eval_shape(loop.first_batch, keys[0], data)  # which preprocess may rename
         if validation.keys() != takes.keys():
             raise ValueError(
-                f"validation: expected arrays {sorted(takes)}, as the programs take them, got "
-                f"{sorted(validation)}"
+                f"validation: expected arrays {sorted(takes)}, got {sorted(validation)}; give what "
+                f"the programs take, since preprocess is not applied"
             )
         check_values((model, guide), validation)
 

@@ -199,18 +199,18 @@ class Hybrid(ELBO):
     """
 
     def __init__(self, alpha: float, objective: ELBO | None = None):
-        objective = Trace_ELBO() if objective is None else objective
+        inner: ELBO = Trace_ELBO() if objective is None else copy.copy(objective)
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: expected a share from 0 to 1, got {alpha}")
-        if type(objective) not in (Trace_ELBO, TraceMeanField_ELBO):
+        if type(inner) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise TypeError(
                 f"objective: expected Trace_ELBO or TraceMeanField_ELBO, got "
-                f"{type(objective).__name__}; a mixture of others is not the paper's"
+                f"{type(inner).__name__}; a mixture of others is not the paper's"
             )
-        super().__init__(objective.num_particles)
-        self.alpha, self.objective = alpha, copy.copy(objective)
-        self.objective.sum_sites = False  # summed by name, as in PerDatum
-        self.can_infer_discrete = objective.can_infer_discrete
+        super().__init__(inner.num_particles)
+        inner.sum_sites = False  # summed by name, as in PerDatum
+        self.alpha, self.objective = alpha, inner
+        self.can_infer_discrete = inner.can_infer_discrete
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
         """The loss, and the programs' mutable state (that of the guide's draws, if there are any).
