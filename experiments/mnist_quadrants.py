@@ -245,7 +245,7 @@ def _labels(params: Mapping[str, Any]) -> dict[str, str]:
 def judge(
     config: Config, model: structured.Model, fits: Mapping[str, Fit], data: Mapping[str, Any]
 ) -> dict[str, Estimate]:
-    """The rows of the table, pointwise."""
+    """The rows of the table, pointwise: nats per image, above zero."""
     params = {name: pictures.of_seed(fitted.params, 0) for name, fitted in fits.items()}
     prior, recognition = guides.prior_as_guide(model), guides.mean_field(model)
     empty = guides.prior_as_guide(model.baseline)
@@ -305,8 +305,8 @@ def table(result: Mapping[str, Any]) -> str:
 
 def main(config: Config) -> dict[str, Any]:
     """Complete images of which some quadrants are seen."""
-    run = Run("mnist_quadrants", config)
     if config.quadrants == "all":
+        run = Run("mnist_quadrants", config)
         each = {
             n: main(replace(config, quadrants=n, out=run.path / f"quadrants_{n}")) for n in "123"
         }
@@ -316,17 +316,25 @@ def main(config: Config) -> dict[str, Any]:
     began = time.perf_counter()
     dataset = config.data()
     model = config.model(dataset)
+    run = Run("mnist_quadrants", config)
     result = run.read("result.json")
     if result is None:
         import_ahead("orbax.checkpoint", "matplotlib.backends.backend_agg", "arviz_base")
         fits = train(config, model, dataset, run.path / "checkpoints")
         judging = time.perf_counter()
-        splits = {"validation": dataset.validation, "test": dataset.test}
-        data = {split: held_out(model, arrays or {}) for split, arrays in splits.items()}
-        judged = {split: judge(config, model, fits, arrays) for split, arrays in data.items()}
+        validation = held_out(model, dataset.validation or {})
+        test = held_out(model, dataset.test)
+        both = {name: np.concatenate([validation[name], test[name]]) for name in test}
+        rows = judge(config, model, fits, both)
+        num_validation = len(validation["x"])
+        splits = {"validation": slice(num_validation), "test": slice(num_validation, None)}
+        judged = {
+            split: {name: _part(row, part) for name, row in rows.items()}
+            for split, part in splits.items()
+        }
         result = summarize(config, dataset, fits, judged)
         result["seconds"]["evaluate"] = time.perf_counter() - judging
-        draw_completions(config, model, fits, data["test"], result, run.path / "completions.png")
+        draw_completions(config, model, fits, test, result, run.path / "completions.png")
         draw_training(fits, result, run.path / "training.png")
         write_trace(run.path / "trace.nc", fits, judged["test"], result)
         result["seconds"]["total"] = time.perf_counter() - began
@@ -334,6 +342,13 @@ def main(config: Config) -> dict[str, Any]:
     print(table(result))
     print(f"written to {run.path}")
     return result
+
+
+def _part(e: Estimate, part: slice) -> Estimate:
+    variance = e.monte_carlo_variance
+    return Estimate(
+        e.pointwise[part], e.num_samples, variance if variance is None else variance[part]
+    )
 
 
 def summarize(
