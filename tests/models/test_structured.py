@@ -88,11 +88,13 @@ def trace(program, key=KEY, params=None, **data):
     )
 
 
-def params_of(model, scale=2.0):
-    """Weights large enough that posterior and prior are far from each other."""
+def params_of(model):
+    """Where networks start, but for a wide guide: its weights have no heavy tail."""
     sites = trace(model, **DATA) | trace(guides.mean_field(model), **DATA)
     params = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
-    return jax.tree.map(lambda p: scale * p, params)
+    last = params["encoder"]["mlp"]["mlp"]["layers"][1]
+    last["bias"] = last["bias"].at[model.num_latents :].add(1.5)
+    return params
 
 
 def shift(tree):
@@ -274,8 +276,8 @@ def test_monte_carlo_and_importance_sampling_arrive_at_the_likelihood(exact, mak
     variance = judged.monte_carlo_variance
     error = abs(judged.pointwise - log_likelihoods)
     assert (error < variance / 2 + 4.5 * np.sqrt(variance) + 1e-5).all()
-    assert np.sqrt(variance).max() < 0.1  # nats, so that the test can fail:
-    assert (log_likelihoods - elbo).max() > 0.2
+    assert np.sqrt(variance).max() < 0.02  # nats, so that an ELBO would fail the test:
+    assert (log_likelihoods - elbo).max() > 0.5
 
 
 def test_the_elbo_is_the_elbo(exact):
