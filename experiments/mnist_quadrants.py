@@ -334,7 +334,8 @@ def main(config: Config) -> dict[str, Any]:
         }
         result = summarize(config, dataset, fits, judged)
         result["seconds"]["evaluate"] = time.perf_counter() - judging
-        draw_completions(config, model, fits, test, result, run.path / "completions.png")
+        params = {name: pictures.of_seed(fitted.params, 0) for name, fitted in fits.items()}
+        draw_completions(model, params, test, result, run.path / "completions.png")
         draw_training(fits, result, run.path / "training.png")
         write_trace(run.path / "trace.nc", fits, judged["test"], result)
         result["seconds"]["total"] = time.perf_counter() - began
@@ -402,9 +403,8 @@ NUM_PICTURES, NUM_DRAWS = 10, 6
 
 
 def draw_completions(
-    config: Config,
     model: structured.Model,
-    fits: Mapping[str, Fit],
+    params: Mapping[str, Any],
     test: Mapping[str, Any],
     result: Mapping[str, Any],
     path: Path,
@@ -412,14 +412,18 @@ def draw_completions(
     """Input, truth, the baseline's guess, and what the CVAE makes of draws from p(z | c).
 
     The recognition network, which has seen the answer, takes no part.
+
+    Args:
+        model: around the baseline.
+        params: of the baseline, ``nn``, and of the model, ``cvae``.
+        test: ``c`` and ``x``.
+        result: as in ``result.json``.
+        path: of the PNG.
     """
     c, x = (np.asarray(test[name][:NUM_PICTURES]) for name in ("c", "x"))
     merge = model.baseline.quadrants.merge
-    baseline = pictures.of_seed(fits["nn"].params, 0)
-    guess = decode(model.baseline, baseline, np.zeros((len(c), 0)), c)  # no dimensions of z
-    drawn = sample(
-        model, pictures.of_seed(fits["cvae"].params, 0), NUM_DRAWS, c, key=random.key(config.seed)
-    ).x_mean
+    guess = decode(model.baseline, params["nn"], np.zeros((len(c), 0)), c)  # no dimensions of z
+    drawn = sample(model, params["cvae"], NUM_DRAWS, c, key=random.key(0)).x_mean
     drawn = np.asarray(drawn).reshape(len(c), NUM_DRAWS, *model.x_shape)
     columns = [np.full_like(x, 0.5), x, guess, *drawn.swapaxes(0, 1)]
     rows = np.stack([np.asarray(merge(c, column)) for column in columns], axis=1)
