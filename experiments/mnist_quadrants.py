@@ -31,6 +31,7 @@ from inference import (
     Estimate,
     Fit,
     Hybrid,
+    KLWarmUp,
     decode,
     elbo_terms,
     fit,
@@ -96,6 +97,8 @@ class Config:
         decoder_sees_c: whether the decoder sees the observed quadrants beside z.
         alpha: the share of the CVAE's objective in the hybrid one; the rest is the GSNN's.
         joint: whether the baseline's weights are trained on, with the others.
+        kl_warm_up: epochs over which the weight of the CVAE's KL divergence rises from 0 to 1; a
+            sixth of them all unless given. With 0, z stays unused beside a fitted baseline.
         num_epochs: passes over the training images, at most, for the GSNN and the CVAE.
         baseline_epochs: the same, for the baseline.
         batch_size: images per step; 128, or all there are if fewer, unless given.
@@ -119,6 +122,7 @@ class Config:
     decoder_sees_c: bool = False
     alpha: float = 1.0
     joint: bool = False
+    kl_warm_up: float | None = None
     num_epochs: int = 30
     baseline_epochs: int = 15
     batch_size: int | None = None
@@ -147,6 +151,10 @@ class Config:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         if self.seed < 0:
             raise ValueError(f"seed: expected at least 0, got {self.seed}")
+        if self.kl_warm_up is not None and not 0 <= self.kl_warm_up <= self.num_epochs:
+            raise ValueError(
+                f"kl_warm_up: expected 0 to num_epochs = {self.num_epochs}, got {self.kl_warm_up}"
+            )
         Hybrid(self.alpha)
 
     def data(self) -> Dataset:
@@ -219,9 +227,13 @@ def train(config: Config, model: structured.Model, dataset: Dataset, path: Path)
         "num_epochs": config.num_epochs,
         "validation_objective": RenyiELBO(alpha=0, num_particles=config.num_particles),
     }
+    hybrid = Hybrid(config.alpha, TraceMeanField_ELBO())
+    warm_up = config.num_epochs / 6 if config.kl_warm_up is None else config.kl_warm_up
+    if warm_up:
+        hybrid = KLWarmUp(hybrid, max(1, int(warm_up * num_train / batch_size)))
     for name, guide, objective in (
         ("gsnn", guides.prior_as_guide(model), TraceMeanField_ELBO()),
-        ("cvae", guides.mean_field(model), Hybrid(config.alpha, TraceMeanField_ELBO())),
+        ("cvae", guides.mean_field(model), hybrid),
     ):
         fits[name] = fit(
             model,

@@ -99,7 +99,7 @@ class KLWarmUp(ELBO):
     it to its objective, give ``KLWeighted(objective, w)``.
 
     Args:
-        objective: ``Trace_ELBO`` or ``TraceMeanField_ELBO``.
+        objective: ``Trace_ELBO``, ``TraceMeanField_ELBO`` or a ``Hybrid``.
         num_steps: steps until the weight is 1. ``fit`` refuses more than it trains.
         start: the first step's weight.
 
@@ -137,7 +137,8 @@ class KLWeighted(ELBO):
     """An objective with its own value, and the gradient of one whose divergence is weighed.
 
     Args:
-        objective: ``Trace_ELBO`` or ``TraceMeanField_ELBO``, or one of these per datum.
+        objective: ``Trace_ELBO``, ``TraceMeanField_ELBO`` or a ``Hybrid``, in which the guide's
+            divergence alone is weighed; or one of these per datum.
         weight: of the divergence, a number or a traced scalar.
 
     Raises:
@@ -146,7 +147,7 @@ class KLWeighted(ELBO):
 
     def __init__(self, objective: ELBO, weight: Any):
         inner = objective.objective if isinstance(objective, PerDatum) else objective
-        if type(inner) not in (Trace_ELBO, TraceMeanField_ELBO):
+        if type(inner) not in (Trace_ELBO, TraceMeanField_ELBO, Hybrid):
             raise TypeError(
                 f"objective: expected Trace_ELBO or TraceMeanField_ELBO, in which the divergence "
                 f"is a term of its own, got {type(inner).__name__}; train it without warm-up"

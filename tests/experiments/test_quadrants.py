@@ -147,6 +147,7 @@ def test_the_figures_draws_are_the_priors(num_observed, tmp_path, monkeypatch, r
         ({"preset": "large"}, "preset: expected one of paper, small, got 'large'"),
         ({"alpha": -0.1}, "alpha: expected a share from 0 to 1, got -0.1"),
         ({"num_epochs": 0}, "num_epochs: expected at least 1, got 0"),
+        ({"num_epochs": 4, "kl_warm_up": 5.0}, "kl_warm_up: expected 0 to num_epochs = 4, got 5"),
         ({"num_validation": 0}, "num_validation: expected at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate: expected a positive number"),
         ({"seed": -1}, "seed: expected at least 0, got -1"),

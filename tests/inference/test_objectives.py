@@ -219,6 +219,18 @@ def test_fit_takes_a_hybrid_and_scales_it_per_datum():
     np.testing.assert_array_equal(run(Hybrid(1.0)).elbo, run(Trace_ELBO()).elbo)
 
 
+@pytest.mark.parametrize("objective", [Trace_ELBO, TraceMeanField_ELBO])
+def test_in_a_hybrid_the_guides_divergence_alone_is_weighed(objective):
+    value, gradient = value_and_grad(KLWeighted(Hybrid(0.4, objective()), 0.3))
+    plain, _ = value_and_grad(Hybrid(0.4, objective()))
+    _, by_guide = value_and_grad(KLWeighted(objective(), 0.3))
+    _, by_prior = value_and_grad(Hybrid(0.0, objective()))
+    assert value == pytest.approx(plain, rel=1e-6)
+    for name in PARAMS:
+        expected = 0.4 * by_guide[name] + 0.6 * by_prior[name]
+        assert gradient[name] == pytest.approx(expected, rel=1e-5, abs=1e-5), name
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
