@@ -52,8 +52,9 @@ class Fit:
             network's tree) with a leading seed axis.
         elbo: (seed, step), the training ELBO of each step's batch, nats per datum. NaN where a
             step was skipped and after a seed has stopped.
-        validation_elbo: (seed, evaluation), nats per datum, or None without validation data;
-            ``info["validation_steps"]`` says after which steps.
+        validation_elbo: (seed, evaluation), nats per datum, or None without validation data: the
+            ELBO, or what ``validation_objective`` makes of it; ``info["validation_steps"]`` says
+            after which steps.
         state: the engine's last state.
         config: the settings, JSON-able.
         info: what happened, JSON-able: device, versions, seconds (compile, run, total),
@@ -111,6 +112,7 @@ def fit(
     init_params: Mapping[str, Any] | None = None,
     average: float = 0.0,
     validation: Mapping[str, Any] | None = None,
+    validation_objective: ELBO | None = None,
     validate_every: int | None = None,
     patience: int | None = None,
     on_nan: str = "stop",
@@ -143,6 +145,8 @@ def fit(
         average: the fraction of the run, at its end, over which the unconstrained parameters are
             averaged (Polyak & Juditsky 1992); 0 returns the last ones.
         validation: held-out data as the programs take them (``preprocess`` is not applied).
+        validation_objective: what is evaluated on them, ``objective`` unless given; for example
+            ``RenyiELBO(alpha=0, num_particles=10)``, the importance-weighted bound of ten draws.
         validate_every: steps from one held-out ELBO to the next; an epoch unless given.
         patience: a seed stops after so many held-out ELBOs without a new best, and the
             parameters of the best are returned. None trains to the end and returns the last.
@@ -176,19 +180,15 @@ def fit(
         patience=patience,
         on_nan=on_nan,
     )
-    _check_objects(objective, optimizer, mesh, settings)
+    _check_objects(objective, validation_objective, optimizer, mesh, settings)
     check_values((model, guide), data)
     if validation is not None:
         check_data(validation, None, name="validation")
-        if validation.keys() != data.keys():
-            raise ValueError(
-                f"validation: expected arrays {sorted(data)}, got {sorted(validation)}"
-            )
-        check_values((model, guide), validation)
     config = asdict(settings) | {
         "model": describe_value(model),
         "guide": describe_value(guide),
         "objective": describe_value(objective),
+        "validation_objective": describe_value(validation_objective),
         "optimizer": describe_optimizer(optimizer),
         "preprocess": describe_value(preprocess),
         "data": describe_arrays(data, contents=checkpoint is not None),
@@ -205,6 +205,7 @@ def fit(
         model,
         guide,
         objective,
+        validation_objective,
         optimizer,
         preprocess,
         init_params,
@@ -213,6 +214,14 @@ def fit(
         keys[0],
         data,
     )
+    if validation is not None:
+        takes = jax.eval_shape(loop.first_batch, keys[0], data)  # which preprocess may rename
+        if validation.keys() != takes.keys():
+            raise ValueError(
+                f"validation: expected arrays {sorted(takes)}, got {sorted(validation)}; give what "
+                f"the programs take, since preprocess is not applied"
+            )
+        check_values((model, guide), validation)
 
     compiling = time.perf_counter()
     state = jax.tree.map(
@@ -344,10 +353,27 @@ def _report(bar: tqdm, step: int, elbo: np.ndarray, history: _History, settings:
     bar.update(step - bar.n)
 
 
-def _check_objects(objective: Any, optimizer: Any, mesh: Mesh | None, settings: Settings) -> None:
+def _check_objects(
+    objective: Any,
+    validation_objective: Any,
+    optimizer: Any,
+    mesh: Mesh | None,
+    settings: Settings,
+) -> None:
     batch_size = settings.batch_size
     if not isinstance(objective, ELBO):
         raise ValueError(f"objective: expected a NumPyro ELBO object, got {objective!r}")
+    if validation_objective is not None:
+        if not isinstance(validation_objective, ELBO):
+            raise ValueError(
+                f"validation_objective: expected a NumPyro ELBO object or None, got "
+                f"{validation_objective!r}"
+            )
+        if not settings.validate_every:
+            raise ValueError(
+                f"validation_objective: expected validation data with it, got "
+                f"{type(validation_objective).__name__} alone"
+            )
     if isinstance(objective, KLWarmUp) and objective.num_steps > settings.num_steps:
         raise ValueError(
             f"objective: expected a KL warm-up within the training's {settings.num_steps} steps, "

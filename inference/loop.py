@@ -72,6 +72,7 @@ class Loop:
         model: Program,
         guide: Program,
         objective: ELBO,
+        validation_objective: ELBO | None,
         optimizer: optax.GradientTransformation,
         preprocess: Preprocess | None,
         init_params: Mapping[str, Any] | None,
@@ -104,6 +105,7 @@ class Loop:
             check_mean_field(model, guide, jax.eval_shape(self.first_batch, key, data), key=key)
         plain = objective.objective if isinstance(objective, KLWarmUp) else objective
         scaled = PerDatum(plain, self.num_data, self.has_globals)
+        self.validation_objective = validation_objective or plain
         optimizer = guard(optimizer) if settings.on_nan == "skip" else optimizer
         self.svi = SVI(model, guide, optimizer, scaled)
 
@@ -237,9 +239,16 @@ class Loop:
     ) -> tuple[State, Float[Array, " seed"]]:
         """The held-out ELBO of the parameters that would be returned now, and with ``patience``
         the best ones kept and the seeds stopped that have run out of it."""
-        objective = PerDatum(self.svi.loss.objective, _length(data), self.has_globals)
+        objective = PerDatum(self.validation_objective, _length(data), self.has_globals)
         size = min(self.batch_size, _length(data))
         num_full = _length(data) // size * size
+        weighs = isinstance(self.validation_objective, RenyiELBO)
+        if weighs and self.has_globals and size < _length(data):
+            raise ValueError(
+                f"validation_objective: RenyiELBO weighs whole data sets where there are global "
+                f"latent variables: expected at most {size} validation data, a batch, got "
+                f"{_length(data)}"
+            )
 
         def elbo(params: PyTree, mutable: PyTree, key: Array) -> Array:
             params = self.svi.constrain_fn(params) | (mutable or {})

@@ -17,6 +17,7 @@ takes too:
 | ``KLWeighted``            | an ELBO with beta times the divergence (a beta-VAE)                  |
 | ``KLWarmUp``              | the same, beta rising to 1 while training warms up                   |
 | ``FreeBits``              | an ELBO whose divergence costs nothing below so many nats            |
+| ``Hybrid``                | the ELBO, in part with draws from the prior in place of the guide's  |
 
 The value of each is the bound itself, so that traces of runs compare.
 """
@@ -32,7 +33,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import lax, random
 from jaxtyping import Array, Float
-from numpyro.handlers import replay, seed, substitute, trace
+from numpyro.handlers import block, replay, seed, substitute, trace
 from numpyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.util import compute_log_probs
@@ -47,6 +48,7 @@ from inference.sites import (
     elementwise_kl,
     in_data_plate,
     is_latent,
+    is_observed,
     sum_by_datum,
 )
 
@@ -183,8 +185,9 @@ class KLWeighted(ELBO):
     and the value, in traces and on held-out data, is the ELBO: what the data are worth.
 
     Args:
-        objective: ``Trace_ELBO``, ``TraceMeanField_ELBO`` or ``StickingTheLanding``, another
-            ``KLWeighted`` (the weights multiply), or one of these per datum.
+        objective: ``Trace_ELBO``, ``TraceMeanField_ELBO``, ``StickingTheLanding``, a ``Hybrid``, in
+            which the guide's divergence alone is weighed, another ``KLWeighted`` (the weights
+            multiply), or one of these per datum.
         weight: of the divergence, a number from 0 or a traced scalar.
 
     Raises:
@@ -221,11 +224,11 @@ class KLWeighted(ELBO):
 
 
 def _require_divergence(objective: ELBO) -> None:
-    if type(objective) not in (Trace_ELBO, TraceMeanField_ELBO, StickingTheLanding):
+    if type(objective) not in (Trace_ELBO, TraceMeanField_ELBO, StickingTheLanding, Hybrid):
         raise TypeError(
-            f"objective: expected Trace_ELBO, TraceMeanField_ELBO or StickingTheLanding, in which "
-            f"the divergence is a term of its own, got {type(objective).__name__}; train it "
-            f"without warm-up, beta and free bits"
+            f"objective: expected Trace_ELBO, TraceMeanField_ELBO, StickingTheLanding or Hybrid, "
+            f"in which the divergence is a term of its own, got {type(objective).__name__}; train "
+            f"it without warm-up, beta and free bits"
         )
 
 
@@ -482,6 +485,61 @@ def _trace_of(program, key, params, args, kwargs) -> dict[str, Site]:
 def _require_particles(num_particles: int) -> None:
     if num_particles < 1:
         raise ValueError(f"num_particles: expected at least 1, got {num_particles}")
+
+
+# --- draws from the prior ------------------------------------------------------------------------
+
+
+class Hybrid(ELBO):
+    """A mixture of the ELBO and of what the model expects of its own prior's draws.
+
+        alpha * E_q [ log p(x, z | c) - log q(z | x, c) ]  +  (1 - alpha) * E_p [ log p(x | z, c) ],
+
+    with z ~ p(z | c) in the second (Sohn, Lee & Yan 2015, equation 8, who write x -> y for our
+    c -> x). The second is the ELBO whose guide is the prior: what the paper's Gaussian stochastic
+    network is trained on, and the way in which the model is used where x is unknown. Both are
+    lower bounds of log p(x | c), and so is the mixture.
+
+    Args:
+        alpha: the share of the ELBO, 0 to 1.
+        objective: ``Trace_ELBO`` (unless given) or ``TraceMeanField_ELBO``.
+
+    Raises:
+        ValueError: a share out of range.
+        TypeError: an objective that is no expectation over draws of the guide.
+    """
+
+    def __init__(self, alpha: float, objective: ELBO | None = None):
+        inner: ELBO = Trace_ELBO() if objective is None else copy.copy(objective)
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: expected a share from 0 to 1, got {alpha}")
+        if type(inner) not in (Trace_ELBO, TraceMeanField_ELBO):
+            raise TypeError(
+                f"objective: expected Trace_ELBO or TraceMeanField_ELBO, got "
+                f"{type(inner).__name__}; a mixture of others is not the paper's"
+            )
+        super().__init__(inner.num_particles)
+        inner.sum_sites = False  # summed by name, as in PerDatum
+        self.alpha, self.objective = alpha, inner
+        self.can_infer_discrete = inner.can_infer_discrete
+
+    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+        """The loss, and the programs' mutable state (that of the guide's draws, if there are any).
+
+        Both parts have the same key: at alpha 1 and 0 the loss is that of one part to the bit.
+        """
+
+        def part(guide: Any) -> Any:
+            method = self.objective.loss_with_mutable_state
+            result = method(rng_key, param_map, model, guide, *args, **kwargs)
+            return result | {"loss": _sum_by_name(result["loss"])}
+
+        prior = block(model, hide_fn=is_observed)
+        if self.alpha in (0, 1):
+            return part(guide if self.alpha else prior)
+        by_prior, by_guide = part(prior), part(guide)
+        loss = self.alpha * by_guide["loss"] + (1 - self.alpha) * by_prior["loss"]
+        return by_guide | {"loss": loss}
 
 
 # --- by name --------------------------------------------------------------------------------------

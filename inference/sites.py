@@ -18,6 +18,11 @@ def is_latent(site: Site) -> bool:
     return site["type"] == "sample" and not site["is_observed"]
 
 
+def is_observed(site: Site) -> bool:
+    """True of a sample site with a value of its own."""
+    return site["type"] == "sample" and site["is_observed"]
+
+
 def in_data_plate(site: Site) -> bool:
     """True of a site that every datum has its own of."""
     return any(frame.name == DATA_PLATE for frame in site["cond_indep_stack"])

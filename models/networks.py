@@ -314,7 +314,7 @@ def check_sizes(config: Any) -> None:
     """Raises ValueError for a model's configuration with sizes that make no network."""
     for name, sizes in (
         ("x_shape", config.x_shape),
-        ("num_latents", (config.num_latents,)),
+        ("num_latents", (getattr(config, "num_latents", 1),)),
         ("hidden", config.hidden),
         ("prior_hidden", getattr(config, "prior_hidden", None) or ()),
         ("channels", config.channels),

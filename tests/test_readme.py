@@ -44,6 +44,8 @@ SMALL = {
     "mnist_vae": "--dataset digits --num-epochs 1 --num-test 20 --num-samples 5 --no-progress",
     "mnist_cvae": "--dataset digits --num-epochs 1 --num-test 20 --num-samples 5 --no-progress "
     "--num-label-samples 2",
+    "mnist_quadrants": "--dataset digits --baseline-epochs 1 --num-epochs 1 --num-validation 50 "
+    "--num-train 200 --num-test 20 --num-samples 5 --no-progress",
     "svhn_vae": "--dataset digits --channels 4 8 --hidden 8 --num-epochs 1 --num-train 200 "
     "--num-test 20 --num-samples 5 --no-progress",
     "compare": "",

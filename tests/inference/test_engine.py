@@ -23,6 +23,7 @@ from numpyro.infer import (
     TraceMeanField_ELBO,
 )
 from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.elbo import ELBO
 
 from inference import CheckpointError, NonFiniteError, engine, fit
 from inference.loop import MAX_CHUNK
@@ -323,6 +324,63 @@ def test_held_out_elbo_counts_each_datum_once_whatever_the_batch():
         np.testing.assert_allclose(result.validation_elbo, exact, rtol=1e-5)
 
 
+def test_another_objective_may_judge_the_held_out_data():
+    """The importance-weighted bound of many draws is the likelihood, which here is a formula."""
+    held_out = {name: array[:50] for name, array in DATA.items()}
+    settings = {"validation": held_out, "num_steps": 1, "optimizer": optax.sgd(0.0)}
+    judge = RenyiELBO(alpha=0, num_particles=4000)
+    judged, plain = run(**settings, validation_objective=judge), run(**settings)
+    np.testing.assert_array_equal(judged.elbo, plain.elbo)
+    error = held_out["x"] - judged.params["slope"][0] * held_out["c"]
+    exact = np.mean(-0.5 * error**2 / 2 - 0.5 * np.log(4 * np.pi))
+    gap = exact - judged.validation_elbo[0, 0]
+    # The weights' relative variance is that of a Gaussian proposal for a Gaussian target.
+    weights = relative_variance_of_weights(judged, held_out)
+    assert abs(gap) < (weights / 2 / 4000).mean() + 4.5 * np.sqrt(weights.sum() / 4000) / 50
+    assert exact - plain.validation_elbo[0, 0] > 10 * abs(gap)
+    assert "RenyiELBO(alpha=0, num_particles=4000" in judged.config["validation_objective"]
+
+
+def relative_variance_of_weights(result, data):
+    """E_q[w^2] / E_q[w]^2 - 1 by a sum over a grid of z."""
+    w, slope = result.params["weights"][0], result.params["slope"][0]
+    z = np.linspace(-15, 15, 20_001)[:, None]
+    normal = lambda z, loc, scale: np.exp(-0.5 * ((z - loc) / scale) ** 2) / scale  # noqa: E731
+    q = normal(z, w[0] * data["x"] + w[1] * data["c"] + w[2], result.params["scale"][0])
+    p = normal(z, slope * data["c"], 1.0) * normal(data["x"], z, 1.0)
+    ratio = np.divide(p**2, q, out=np.zeros_like(p), where=q > 0)
+    return (ratio.sum(0) * q.sum(0)) / p.sum(0) ** 2 - 1
+
+
+def test_early_stopping_follows_the_objective_it_is_given():
+    """The climb's own held-out ELBO is best at 0.5; minus it, at one of the ends."""
+
+    class Opposite(ELBO):
+        def loss(self, *args, **kwargs):
+            return -Trace_ELBO().loss(*args, **kwargs)
+
+    result = climb(patience=3, validation_objective=Opposite())
+    assert result.info["num_steps"] == [4]
+    assert abs(float(result.params["loc"][0])) < 0.4
+    np.testing.assert_allclose(
+        result.validation_elbo[:, :4], -climb(patience=3).validation_elbo[:, :4], rtol=1e-6
+    )
+
+
+def test_held_out_data_have_the_arrays_that_preprocess_makes():
+    pairs = {"pair": np.stack([DATA["c"], DATA["x"]], axis=1)}
+
+    def split(key, batch):
+        return {"c": batch["pair"][:, 0], "x": batch["pair"][:, 1]}
+
+    result = fit(
+        model, guide, pairs, preprocess=split, validation=DATA, num_steps=3, progress=False
+    )
+    assert np.isfinite(result.validation_elbo).all()
+    with pytest.raises(ValueError, match=r"expected arrays \['c', 'x'\], got \['pair'\]"):
+        fit(model, guide, pairs, preprocess=split, validation=pairs, num_steps=3, progress=False)
+
+
 # --- checkpoints ----------------------------------------------------------------------------------
 
 SETTINGS = {
@@ -391,6 +449,10 @@ def test_a_half_written_checkpoint_is_not_read(tmp_path):
         ({"batch_size": 8}, "batch_size was 16 there and is 8 here"),
         ({"optimizer": optax.adam(0.002)}, r"optimizer\.\S+ was -0.001 there and is -0.002 here"),
         ({"objective": Trace_ELBO(num_particles=2)}, "num_particles=1.*num_particles=2"),
+        (
+            {"validation": DATA, "validation_objective": RenyiELBO(0, num_particles=3)},
+            "validation_objective was None there and is RenyiELBO",
+        ),
         ({"data": {"c": C, "x": DATA["x"] + 1}}, r"data\.x was"),
         ({"seed": 1}, "seed was 0 there and is 1 here"),
     ],
@@ -601,6 +663,16 @@ def test_an_objective_that_weighs_whole_data_sets_refuses_batches_with_globals()
             num_steps=1,
             progress=False,
         )
+    with pytest.raises(ValueError, match="expected at most 20 validation data, a batch, got 21"):
+        fit(
+            hierarchical_model,
+            hierarchical_guide,
+            {"x": x},
+            validation={"x": np.ones(21, np.float32)},
+            validation_objective=RenyiELBO(),
+            num_steps=1,
+            progress=False,
+        )
 
 
 def test_importance_weights_are_per_datum():
@@ -702,6 +774,14 @@ def test_result_names_the_device_and_is_json():
         ({"optimizer": 0.1}, "optimizer: expected an Optax gradient transformation, got 0.1"),
         ({"batch_size": 121}, "batch_size: expected 1 to 120.*got 121"),
         ({"patience": 3}, "patience: expected validation data with it, got 3 alone"),
+        (
+            {"validation_objective": Trace_ELBO()},
+            "validation_objective: expected validation data with it, got Trace_ELBO alone",
+        ),
+        (
+            {"validation": DATA, "validation_objective": "elbo"},
+            "validation_objective: expected a NumPyro ELBO object or None, got 'elbo'",
+        ),
         ({"validation": {"x": C}}, r"validation: expected arrays \['c', 'x'\], got \['x'\]"),
         ({"validation": DATA, "patience": 0}, "patience: expected a whole number from 1, got 0"),
     ],

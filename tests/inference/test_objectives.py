@@ -1,4 +1,5 @@
 """The weight of the divergence: the value stays the ELBO, the gradient is that of the weighted one.
+The hybrid of the ELBO and of what the prior's own draws say of the data.
 
 So do free bits; and what ``fit`` makes of every objective. The bounds themselves are held against
 exact values in test_bounds.py, the scale of an objective in test_engine.py.
@@ -18,6 +19,7 @@ from inference import (
     CheckpointError,
     DoublyReparameterized,
     FreeBits,
+    Hybrid,
     KLWarmUp,
     KLWeighted,
     StickingTheLanding,
@@ -327,3 +329,100 @@ def test_names_stand_for_objectives_of_so_many_particles():
     for name, build in OBJECTIVES.items():
         assert build(7).num_particles == 7, name
     assert OBJECTIVES["importance-weighted"](7).alpha == 0
+
+
+# --- Hybrid ---------------------------------------------------------------------------------------
+
+
+def prior_guide(x):
+    """The model's prior, written out."""
+    prior_loc = numpyro.param("prior_loc", 0.3)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("z", dist.Normal(prior_loc, 1.0))
+
+
+def value_and_grad_under(objective, other):
+    def loss(params):
+        return objective.loss(KEY, params, model, other, x=X)
+
+    return jax.tree.map(float, jax.value_and_grad(loss)(PARAMS))
+
+
+@pytest.mark.parametrize("objective", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize(("alpha", "other"), [(1.0, guide), (0.0, prior_guide)])
+def test_at_its_ends_the_hybrid_is_one_elbo_exactly(objective, alpha, other):
+    value, gradient = value_and_grad(Hybrid(alpha, objective()))
+    expected, expected_gradient = value_and_grad_under(objective(), other)
+    assert value == expected
+    for name in PARAMS:
+        assert gradient[name] == pytest.approx(expected_gradient[name], rel=1e-5, abs=1e-6), name
+    if alpha == 0:
+        assert gradient["loc"] == gradient["scale"] == 0
+
+
+def test_between_its_ends_the_hybrid_is_the_mixture():
+    (by_guide, guide_gradient), (by_prior, prior_gradient) = (
+        value_and_grad(Hybrid(alpha)) for alpha in (1.0, 0.0)
+    )
+    value, gradient = value_and_grad(Hybrid(0.3))
+    assert value == pytest.approx(0.3 * by_guide + 0.7 * by_prior, rel=1e-6)
+    for name in PARAMS:
+        expected = 0.3 * guide_gradient[name] + 0.7 * prior_gradient[name]
+        assert gradient[name] == pytest.approx(expected, rel=1e-5, abs=1e-5), name
+
+
+def test_the_priors_draws_are_worth_what_the_formula_says():
+    """-E_{p(z)} log N(x; slope z, 1), with z ~ N(prior_loc, 1), and its gradient."""
+
+    def exact(p):
+        error = (X - p["slope"] * p["prior_loc"]) ** 2 + p["slope"] ** 2
+        return 0.5 * jnp.sum(error + jnp.log(2 * jnp.pi))
+
+    def draw(key):
+        return jax.value_and_grad(lambda p: Hybrid(0.0).loss(key, p, model, guide, x=X))(PARAMS)
+
+    values, gradients = jax.jit(jax.vmap(draw))(jax.random.split(KEY, 20_000))
+    expected, expected_gradient = jax.value_and_grad(exact)(PARAMS)
+    assert abs(values.mean() - expected) < 4.5 * values.std() / 20_000**0.5
+    for name in ("prior_loc", "slope"):
+        error = gradients[name].std() / 20_000**0.5
+        assert abs(gradients[name].mean() - expected_gradient[name]) < 4.5 * error, name
+
+
+def test_plain_svi_takes_a_hybrid():
+    svi = SVI(model, guide, optax.adam(1e-2), Hybrid(0.5))
+    state = svi.init(KEY, x=X)
+    for _ in range(2):
+        state, loss = svi.update(state, x=X)
+    assert np.isfinite(loss)
+
+
+def test_fit_takes_a_hybrid_and_scales_it_per_datum():
+    still = optax.sgd(0.0)
+    mixed = [run(Hybrid(alpha), optimizer=still).elbo for alpha in (0.0, 0.4, 1.0)]
+    np.testing.assert_allclose(mixed[1], 0.6 * mixed[0] + 0.4 * mixed[2], rtol=1e-5)
+    np.testing.assert_array_equal(run(Hybrid(1.0)).elbo, run(Trace_ELBO()).elbo)
+
+
+@pytest.mark.parametrize("objective", [Trace_ELBO, TraceMeanField_ELBO])
+def test_in_a_hybrid_the_guides_divergence_alone_is_weighed(objective):
+    value, gradient = value_and_grad(KLWeighted(Hybrid(0.4, objective()), 0.3))
+    plain, _ = value_and_grad(Hybrid(0.4, objective()))
+    _, by_guide = value_and_grad(KLWeighted(objective(), 0.3))
+    _, by_prior = value_and_grad(Hybrid(0.0, objective()))
+    assert value == pytest.approx(plain, rel=1e-6)
+    for name in PARAMS:
+        expected = 0.4 * by_guide[name] + 0.6 * by_prior[name]
+        assert gradient[name] == pytest.approx(expected, rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((1.1,), ValueError, "alpha: expected a share from 0 to 1, got 1.1"),
+        ((0.5, RenyiELBO()), TypeError, "expected Trace_ELBO .* got RenyiELBO"),
+    ],
+)
+def test_what_makes_no_hybrid_is_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Hybrid(*arguments)

@@ -197,7 +197,7 @@ def test_a_flow_starts_as_the_full_covariance(rng):
 # --- the guides without an encoder, and the refined one -------------------------------------------
 
 
-def test_the_prior_as_guide_has_no_divergence(rng):
+def test_the_prior_has_no_divergence(rng):
     model = MODELS["cvae-values"]
     data = make_data(model, rng)
     guide = guides.prior(model)

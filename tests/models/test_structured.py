@@ -1,0 +1,330 @@
+"""Quadrants and their models: as programs, and every row of the table against quadrature over z."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpyro import handlers
+from numpyro.infer import Trace_ELBO
+
+from inference import Hybrid, elbo_terms, fit, log_likelihood
+from models import guides, structured
+from models.structured import Baseline, Model, Quadrants
+
+KEY = jax.random.key(0)
+QUADRANTS = [
+    Quadrants(num_observed, shape)
+    for num_observed in (1, 2, 3)
+    for shape in ((28, 28), (8, 8), (4, 6))
+]
+
+# --- cutting and putting together -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quadrants", QUADRANTS, ids=str)
+def test_cutting_and_putting_together_is_exact_for_every_pixel(quadrants):
+    height, width = quadrants.image_shape
+    pixels = np.arange(2 * height * width).reshape(2, height, width)  # every one is different
+    c, x = quadrants.split(pixels)
+    assert c.shape == (2, *quadrants.c_shape)
+    assert x.shape == (2, *quadrants.x_shape)
+    np.testing.assert_array_equal(quadrants.merge(c, x), pixels)
+
+
+@pytest.mark.parametrize("quadrants", QUADRANTS, ids=str)
+def test_the_observed_quadrants_are_the_papers(quadrants):
+    height, width = quadrants.image_shape
+    observed = np.zeros((1, height, width), int)
+    observed[:, height // 2 :, : width // 2] = 1  # bottom left
+    if quadrants.num_observed == 2:
+        observed[:, :, : width // 2] = 1  # the left half
+    if quadrants.num_observed == 3:
+        observed[:] = 1
+        observed[:, height // 2 :, width // 2 :] = 0  # all but the bottom right
+    c, x = quadrants.split(observed)
+    assert (c == 1).all()
+    assert (x == 0).all()
+    assert c.size + x.size == observed.size
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_shape": (7, 8)}, r"image_shape: expected .* both even, .* got \(7, 8\); crop or"),
+        ({"image_shape": (8, 5)}, r"image_shape: expected .* both even, .* got \(8, 5\)"),
+        ({"image_shape": (32, 32, 3)}, r"image_shape: expected .* got \(32, 32, 3\)"),
+        ({"num_observed": 4}, "num_observed: expected 1, 2 or 3, got 4"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Quadrants(**settings)
+
+
+def test_images_of_another_shape_are_refused(rng):
+    with pytest.raises(ValueError, match=r"images: expected shape \(N, 28, 28\), got \(3, 8, 8\)"):
+        Quadrants(1).split(rng.random((3, 8, 8)))
+
+
+# --- the programs ---------------------------------------------------------------------------------
+
+TINY = Model(
+    Baseline(Quadrants(1, (4, 4)), hidden=(6,), activation=jnp.tanh),
+    num_latents=1,
+    hidden=(5,),
+    prior_hidden=(4,),
+)
+TINY_2 = replace(TINY, num_latents=2, decoder_sees_c=True)
+BINARY = np.random.default_rng(1).integers(0, 2, (7, 4, 4)).astype(np.float32)
+DATA = dict(zip("cx", TINY.baseline.quadrants.split(BINARY), strict=True))
+
+
+def trace(program, key=KEY, params=None, **data):
+    return handlers.trace(handlers.seed(handlers.substitute(program, params or {}), key)).get_trace(
+        **data
+    )
+
+
+def params_of(model):
+    """Where networks start, but for a wide guide: its weights have no heavy tail."""
+    sites = trace(model, **DATA) | trace(guides.mean_field(model), **DATA)
+    params = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
+    last = params["encoder"]["mlp"]["mlp"]["layers"][1]
+    last["bias"] = last["bias"].at[model.num_latents :].add(1.5)
+    return params
+
+
+def shift(tree):
+    """Other weights: the last layer's biases are raised, so that the output is."""
+    return jax.tree.map(lambda p: p + 0.7 if p.ndim == 1 else p, tree)
+
+
+@pytest.mark.parametrize("model", [TINY, TINY_2])
+def test_the_guides_draw_exactly_what_the_model_does_not_observe(model):
+    sites = trace(model, **DATA)
+    samples = {name for name, site in sites.items() if site["type"] == "sample"}
+    params = {name for name, site in sites.items() if site["type"] == "param"}
+    assert samples == {"z", "x"}
+    assert params == {"baseline", "prior", "decoder"}
+    for make in (guides.mean_field, guides.prior):
+        drawn = trace(make(model), **DATA)
+        (latent,) = (name for name, site in drawn.items() if site["type"] == "sample")
+        assert latent == "z"
+        assert drawn["z"]["fn"].event_shape == sites["z"]["fn"].event_shape == (model.num_latents,)
+        assert drawn["z"]["cond_indep_stack"] == sites["z"]["cond_indep_stack"]
+    generated = trace(model, c=DATA["c"])
+    assert generated["x"]["value"].shape == DATA["x"].shape
+    assert not generated["x"]["is_observed"]
+
+
+def test_the_baseline_is_one_probability_for_each_pixel():
+    sites = trace(TINY.baseline, **DATA)
+    assert {n for n, site in sites.items() if site["type"] == "sample"} == {"x"}
+    params = {"baseline": sites["baseline"]["value"]}
+    assert not [
+        site
+        for site in trace(guides.prior(TINY.baseline), params=params, **DATA).values()
+        if site["type"] == "sample"
+    ]
+    weights = params["baseline"]["mlp"]["layers"]
+    h = np.tanh(DATA["c"].reshape(7, -1) @ weights[0]["kernel"] + weights[0]["bias"])
+    logits = (h @ weights[1]["kernel"] + weights[1]["bias"]).reshape(DATA["x"].shape)
+    p = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+    x = np.asarray(DATA["x"])
+    exact = (x * np.log(p) + (1 - x) * np.log1p(-p)).sum((1, 2, 3))
+    judged = log_likelihood(
+        TINY.baseline,
+        guides.prior(TINY.baseline),
+        params,
+        DATA,
+        key=KEY,
+        num_samples=1,
+    )
+    np.testing.assert_allclose(judged.pointwise, exact, rtol=1e-5)
+
+
+def x_logits(model, params, c, z):
+    sites = trace(handlers.condition(model, {"z": z}), params=params, c=c)
+    return sites["x"]["fn"].base_dist.logits
+
+
+@pytest.mark.parametrize("sees_c", [False, True])
+def test_the_decoders_logits_are_added_to_the_baselines(sees_c, rng):
+    model = replace(TINY, decoder_sees_c=sees_c)
+    params = params_of(model)
+    z = jnp.asarray(rng.normal(size=(7, 1)), jnp.float32)
+    same_z = jnp.broadcast_to(z[:1], z.shape)
+    baseline = trace(model.baseline, params=params, c=DATA["c"])["x"]["fn"].base_dist.logits
+    added = x_logits(model, params, DATA["c"], same_z) - baseline
+    varies = np.ptp(added, axis=0).max()
+    assert varies > 0.01 if sees_c else varies < 1e-5  # with the condition, at one and the same z
+    assert np.ptp(x_logits(model, params, DATA["c"], z) - baseline, axis=0).max() > 0.01
+
+
+def test_the_prior_sees_the_condition_and_the_baselines_guess():
+    params = params_of(TINY)
+    z_loc = trace(TINY, params=params, c=DATA["c"])["z"]["fn"].base_dist.loc
+    assert np.ptp(z_loc) > 0.01
+    other = params | {"baseline": shift(params["baseline"])}
+    moved = trace(TINY, params=other, c=DATA["c"])["z"]["fn"].base_dist.loc
+    assert (abs(moved - z_loc) > 1e-4).all()
+
+
+@pytest.mark.parametrize("binary_c", [False, True])
+def test_whole_images_are_binarised_and_then_cut(binary_c, rng):
+    grey = rng.integers(0, 256, (9, 4, 4), dtype=np.uint8)
+    model = replace(TINY, baseline=replace(TINY.baseline, binary_c=binary_c))
+    batch, again = (model.prepare(key, {"x": grey}) for key in (KEY, jax.random.key(1)))
+    assert batch.keys() == {"c", "x"}
+    binary = model.likelihood.prepare(KEY, grey)
+    assert set(np.unique(binary)) == {0.0, 1.0}
+    _, x = Quadrants(1, (4, 4)).split(binary)
+    c, _ = Quadrants(1, (4, 4)).split(binary if binary_c else grey / np.float32(255))
+    np.testing.assert_array_equal(batch["x"], x)
+    np.testing.assert_allclose(batch["c"], c, rtol=1e-6)
+    assert (again["x"] != batch["x"]).any()  # anew at every step
+    assert (again["c"] != batch["c"]).any() == binary_c
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Baseline(hidden=(0,)), r"hidden: expected positive sizes, got \(0,\)"),
+        (lambda: Baseline(dtype="int8"), 'dtype: expected "float32" or "bfloat16"'),
+        (lambda: Model(num_latents=0), "num_latents: expected positive sizes, got 0"),
+        (lambda: Model(prior_hidden=(-1,)), r"prior_hidden: expected positive sizes"),
+    ],
+)
+def test_impossible_sizes_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("program", [TINY.baseline, TINY])
+def test_another_number_of_quadrants_is_refused(program):
+    c, x = Quadrants(2, (4, 4)).split(BINARY)
+    with pytest.raises(ValueError, match=r"c: expected shape \(N, 2, 2, 1\), got \(7, 2, 2, 2\)"):
+        log_likelihood(program, guides.prior(program), {}, {"c": c, "x": x}, key=KEY)
+
+
+@pytest.mark.parametrize("name", list(structured.PRESETS))
+def test_a_preset_is_for_the_quadrants_one_gives_it(name):
+    preset = structured.PRESETS[name]
+    model = replace(preset, baseline=replace(preset.baseline, quadrants=Quadrants(3)))
+    assert model.x_shape == (14, 14, 1)
+    assert model.condition.num_features == 588
+
+
+# --- every row of the table, against quadrature ---------------------------------------------------
+
+
+def nodes(loc, scale, num_nodes):
+    """Points and weights of the trapezoidal rule for expectations under N(loc, scale^2): for what
+    is smooth, and vanishes at the ends, it converges faster than any power."""
+    t = np.linspace(-8, 8, num_nodes)
+    w = np.exp(-0.5 * t**2) / np.exp(-0.5 * t**2).sum()
+    grids = np.meshgrid(*[t] * loc.shape[-1], indexing="ij")
+    weights = np.prod(np.meshgrid(*[w] * loc.shape[-1], indexing="ij"), axis=0).reshape(-1)
+    points = np.stack(grids, -1).reshape(-1, 1, loc.shape[-1])
+    return jnp.asarray(loc + scale * points, jnp.float32), weights
+
+
+def gaussian(program, params):
+    fn = trace(program, params=params, **DATA)["z"]["fn"].base_dist
+    return np.asarray(fn.loc, np.float64), np.asarray(fn.scale, np.float64)
+
+
+def log_p_x(model, params, z):
+    """log p(x | z, c) at every node, (nodes, N)."""
+
+    def at(z):
+        sites = trace(handlers.condition(model, {"z": z}), params=params, **DATA)
+        return sites["x"]["fn"].log_prob(DATA["x"])
+
+    return np.asarray(jax.jit(lambda z: jax.lax.map(at, z))(z), np.float64)
+
+
+@pytest.fixture(scope="module", params=[TINY, TINY_2], ids=["one latent", "two latents"])
+def exact(request):
+    """The model, its parameters, and by quadrature the four numbers that the rows estimate."""
+    model = request.param
+    params = params_of(model)
+    num_nodes = 401 if model.num_latents == 1 else 121
+    loc, scale = gaussian(model, params)
+    q_loc, q_scale = gaussian(guides.mean_field(model), params)
+    z, w = nodes(loc, scale, num_nodes)
+    log_p = log_p_x(model, params, z)
+    log_likelihoods = np.log(w @ np.exp(log_p))
+    q_z, q_w = nodes(q_loc, q_scale, num_nodes)
+    kl = np.log(scale / q_scale) + (q_scale**2 + (q_loc - loc) ** 2) / (2 * scale**2) - 0.5
+    elbo = q_w @ log_p_x(model, params, q_z) - kl.sum(-1)
+    # Half of the nodes give the same: the integrals are exact to rounding.
+    z, half = nodes(loc, scale, num_nodes // 2 + 1)
+    np.testing.assert_allclose(
+        np.log(half @ np.exp(log_p_x(model, params, z))), log_likelihoods, atol=1e-5
+    )
+    return model, params, log_likelihoods, elbo, w @ log_p
+
+
+@pytest.mark.parametrize("make", [guides.prior, guides.mean_field])
+def test_monte_carlo_and_importance_sampling_arrive_at_the_likelihood(exact, make):
+    model, params, log_likelihoods, elbo, _ = exact
+    judged = log_likelihood(model, make(model), params, DATA, key=KEY, num_samples=20_000)
+    variance = judged.monte_carlo_variance
+    error = abs(judged.pointwise - log_likelihoods)
+    assert (error < variance / 2 + 4.5 * np.sqrt(variance) + 1e-5).all()
+    assert np.sqrt(variance).max() < 0.02  # nats, so that an ELBO would fail the test:
+    assert (log_likelihoods - elbo).max() > 0.5
+
+
+def test_the_elbo_is_the_elbo(exact):
+    model, params, _, elbo, _ = exact
+    guide = guides.mean_field(model)
+    many = [
+        elbo_terms(model, guide, params, DATA, key=jax.random.key(i), num_samples=2000)
+        for i in range(8)
+    ]
+    draws = np.stack([e.elbo.pointwise for e in many])
+    error = draws.std(0, ddof=1) / np.sqrt(len(draws))
+    assert (abs(draws.mean(0) - elbo) < 6.5 * error + 1e-4).all()  # Student's t of 7 degrees, 7 x
+
+
+def test_the_gsnns_objective_is_the_expectation_under_the_prior(exact):
+    model, params, _, _, expected = exact
+    prior, recognition = guides.prior(model), guides.mean_field(model)
+
+    def draws(objective, guide):
+        loss = lambda key: objective.loss(key, params, model, guide, **DATA)  # noqa: E731
+        return -np.asarray(jax.jit(jax.vmap(loss))(jax.random.split(KEY, 4000)))
+
+    values = draws(Trace_ELBO(), prior)
+    assert abs(values.mean() - expected.sum()) < 4.5 * values.std() / 4000**0.5
+    np.testing.assert_allclose(draws(Hybrid(0.0), recognition), values, rtol=1e-5)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_a_frozen_baseline_stays_and_the_others_learn(rng):
+    images = {"x": rng.integers(0, 256, (20, 4, 4), dtype=np.uint8)}
+    settings = {"preprocess": TINY.prepare, "num_steps": 3, "batch_size": 10, "progress": False}
+    first = fit(TINY.baseline, guides.prior(TINY.baseline), images, **settings)
+    start = jax.tree.map(lambda p: p[0], first.params)
+    frozen = optax.partition(
+        {"free": optax.adam(0.01), "frozen": optax.set_to_zero()},
+        lambda params: {n: "frozen" if n == "baseline" else "free" for n in params},
+    )
+    for make in (guides.mean_field, guides.prior):
+        result = fit(
+            TINY, make(TINY), images, optimizer=frozen, init_params=start, **settings
+        ).params
+        jax.tree.map(np.testing.assert_array_equal, result["baseline"], first.params["baseline"])
+        untrained = fit(
+            TINY, make(TINY), images, optimizer=optax.sgd(0.0), init_params=start, **settings
+        ).params
+        for name in result.keys() - {"baseline"}:
+            moved = jax.tree.map(lambda a, b: (a != b).any(), result[name], untrained[name])
+            assert any(jax.tree.leaves(moved)), name
