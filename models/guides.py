@@ -80,7 +80,7 @@ def _is_observed_sample(msg: Any) -> bool:
 def prior_as_guide(model: Any) -> PriorAsGuide:
     """The guide that has not seen x: log p - log q is then log p(x | z, c), with z from p(z | c).
 
-    Its ELBO is the objective of Sohn, Lee & Yan's stochastic network (2015, section 4.2), and
+    Its ELBO is the objective of Sohn, Lee & Yan's stochastic network (2015, section 4), and
     importance sampling from it their Monte Carlo estimate of log p(x | c).
 
     Args:
