@@ -495,7 +495,7 @@ class Hybrid(ELBO):
 
         alpha * E_q [ log p(x, z | c) - log q(z | x, c) ]  +  (1 - alpha) * E_p [ log p(x | z, c) ],
 
-    with z ~ p(z | c) in the second (Sohn, Lee & Yan 2015, equation 8, who write x -> y for our
+    with z ~ p(z | c) in the second (Sohn, Lee & Yan 2015, section 4, who write x -> y for our
     c -> x). The second is the ELBO whose guide is the prior: what the paper's Gaussian stochastic
     network is trained on, and the way in which the model is used where x is unknown. Both are
     lower bounds of log p(x | c), and so is the mixture.

@@ -15,7 +15,7 @@ and the conditional VAE lets a latent vector z choose among the ways to go on fr
     x | z, c  ~  Bernoulli(logits = baseline(c) + decoder(z))                 p(x | z, c)
     z | x, c  ~  Normal(z_loc(x, c), z_scale(x, c)^2)                         the guide q(z | x, c)
 
-The guide is ``guides.mean_field``, which factorises over the dimensions of z. In section 4.2 of the
+The guide is ``guides.mean_field``, which factorises over the dimensions of z. In section 4 of the
 paper a stochastic network without recognition, the GSNN, is trained on draws from the prior: that
 is the ELBO whose guide is the prior itself, ``guides.prior``,
 
@@ -25,9 +25,9 @@ and ``inference.Hybrid(alpha)`` is the paper's mixture of both objectives. Likew
 ``inference.log_likelihood`` with the prior as guide is the paper's Monte Carlo estimate of
 log p(x | c), and with the recognition network as guide it is importance sampling.
 
-The paper does not say whether its decoder sees c beside z. Here it sees c through the baseline's
-logits alone, unless ``decoder_sees_c``. Neither does it say how pixels were binarised. Its table
-suggests a grey c: with one binary quadrant the baseline is more than four nats worse.
+The decoder sees c through the baseline's logits alone, unless ``decoder_sees_c``. The paper does
+not say how pixels were binarised. Its table suggests a grey c: given one binary quadrant our
+baseline is more than four nats worse than the paper's, given a grey one about as good.
 
 | on paper (theirs)          | in code                          | what it is                       |
 |----------------------------|----------------------------------|----------------------------------|
@@ -315,7 +315,7 @@ class Model:
 
 
 PRESETS = {
-    # Section 5.1: two layers of 1000 rectified units in every network, 200 latents
+    # The paper's for MNIST: two layers of 1000 rectified units in every network, 200 latents
     "paper": Model(),
     # What two cores train in minutes
     "small": Model(Baseline(hidden=(500, 500)), 50, hidden=(300, 300), prior_hidden=(300, 300)),
