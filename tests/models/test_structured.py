@@ -92,7 +92,7 @@ def params_of(model):
     """Where networks start, but for a wide guide: its weights have no heavy tail."""
     sites = trace(model, **DATA) | trace(guides.mean_field(model), **DATA)
     params = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
-    last = params["encoder"]["mlp"]["mlp"]["layers"][1]
+    last = params["encoder"]["mlp"]["layers"][1]
     last["bias"] = last["bias"].at[model.num_latents :].add(1.5)
     return params
 
