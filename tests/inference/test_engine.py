@@ -451,7 +451,7 @@ def test_a_half_written_checkpoint_is_not_read(tmp_path):
         ({"objective": Trace_ELBO(num_particles=2)}, "num_particles=1.*num_particles=2"),
         (
             {"validation": DATA, "validation_objective": RenyiELBO(0, num_particles=3)},
-            "validation_objective was None there and is RenyiELBO",
+            "validation_objective was None there and is 'RenyiELBO",
         ),
         ({"data": {"c": C, "x": DATA["x"] + 1}}, r"data\.x was"),
         ({"seed": 1}, "seed was 0 there and is 1 here"),
