@@ -18,6 +18,16 @@ jaxtyping.install_import_hook(["models", "inference", "experiments"], "beartype.
 
 # A CPU stands in for eight. This must come before JAX looks for devices; where it finds a GPU,
 # that is still the one it computes on, and tests that need eight devices skip themselves.
+# Programs here are small and run once, so that most of the time goes into compiling them: let XLA
+# do that in haste, in the processes that tests start too.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        *os.environ.get("XLA_FLAGS", "").split(),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
+
 if "JAX_NUM_CPU_DEVICES" not in os.environ:
     jax.config.update("jax_num_cpu_devices", 8)
 

@@ -85,7 +85,7 @@ def test_the_numbers_are_those_of_the_runs(runs, capsys):
             assert row[error] == pytest.approx(result["test"][part]["standard_error"], rel=1e-5)
             assert f"{row[part]:.3f} +- " in printed
         assert row["seconds"] == pytest.approx(result["seconds"]["run"])
-        assert (row["guide"], row["objective"]) == ("MeanField", "Trace_ELBO")
+        assert (row["guide"], row["objective"]) == ("mean-field", "Trace_ELBO")
         assert row["model"] == "mnist_vae numpyro"
     pointwise = {
         name: az.from_netcdf(runs / name / "trace.nc").log_likelihood.x.values.mean((0, 1))

@@ -1,7 +1,7 @@
 """Every family of guides with every model, and each family's density against its definition."""
 
-import functools
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,6 @@ MODELS = {
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 every_family = pytest.mark.parametrize("family", guides.GUIDES)
 
-# What runs once is compiled in haste: to compile it well would take longer.
-hasty_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def make_data(model, rng, scale=1.0):
     x = scale * rng.uniform(size=(N, *model.x_shape))
@@ -59,37 +56,52 @@ def sites_of(program, data, params=None):
     return handlers.trace(program).get_trace(**data)
 
 
+def abstract_sites(program, data):
+    """The sites of a program, as shapes: nothing is computed."""
+    sites = {}
+    jax.eval_shape(lambda: sites.update(sites_of(program, data)))
+    return sites
+
+
 @every_model
 @every_family
-def test_a_family_fits_a_model(family, model, rng):
-    """Sites, shapes, plates; gradients that are finite and reach every parameter; jit and eager."""
+def test_a_family_draws_what_a_model_does_not_observe(family, model, rng):
+    data = make_data(model, rng)
+    sites, drawn = (
+        abstract_sites(program, data) for program in (model, guides.make(family, model, num_data=N))
+    )
+    z, drawn_z = sites["z"], drawn["z"]
+    assert {n for n, s in drawn.items() if s["type"] == "sample"} == {"z"}
+    assert z["fn"].event_shape == drawn_z["fn"].event_shape
+    assert z["value"].shape == drawn_z["value"].shape
+    assert z["fn"].batch_shape == drawn_z["fn"].batch_shape == (N,)
+    assert z["cond_indep_stack"] == drawn_z["cond_indep_stack"]
+
+
+# To compile a pair takes seconds: every family with one model, and every model with two families.
+PAIRS = sorted(
+    {(family, "cvae-labels") for family in guides.GUIDES}
+    | {(family, model) for family in ("flow", "semi-amortised") for model in MODELS}
+)
+
+
+@pytest.mark.parametrize(("family", "model"), PAIRS)
+def test_a_family_has_gradients_with_a_model(family, model, rng):
+    """Finite, and reaching every parameter; compiled and not, with two particles."""
+    model = MODELS[model]
     data = make_data(model, rng)
     guide = guides.make(family, model, num_data=N)
     svi = SVI(model, guide, optax.sgd(1e-3), Trace_ELBO(num_particles=2))
-
-    def loss_and_gradient(params):
-        value = lambda p: Trace_ELBO(num_particles=2).loss(KEY, p, model, guide, **data)  # noqa: E731
-        return jax.value_and_grad(value)(params)
-
     params = jax.jit(lambda key: svi.get_params(svi.init(key, **data)))(KEY)
-    loss, gradient = hasty_jit(loss_and_gradient)(params)
+    value = lambda p: Trace_ELBO(num_particles=2).loss(KEY, p, model, guide, **data)  # noqa: E731
+    loss, gradient = jax.jit(jax.value_and_grad(value))(params)
     assert np.isfinite(loss)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.isfinite(leaf).all(), path
         starts_at_zero = family == "flow" and "flow" in str(path[0])  # behind a last layer of zeros
         assert starts_at_zero or np.abs(leaf).max() > 0, path
-
-    sites, drawn = sites_of(model, data, params), sites_of(guide, data, params)
-    z, drawn_z = sites["z"], drawn["z"]
-    assert {n for n, s in drawn.items() if s["type"] == "sample"} == {"z"}
-    assert z["fn"].event_shape == drawn_z["fn"].event_shape
-    assert z["fn"].batch_shape == drawn_z["fn"].batch_shape == (N,)
-    assert z["cond_indep_stack"] == drawn_z["cond_indep_stack"]
-    assert not set(params) - {n for s in (sites, drawn) for n in s}
-
     if model is MODELS["toy"]:
-        eager = Trace_ELBO(num_particles=2).loss(KEY, params, model, guide, **data)
-        np.testing.assert_allclose(eager, loss, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(value(params), loss, rtol=1e-4, atol=1e-4)
 
 
 @every_family
@@ -114,13 +126,13 @@ def test_a_family_is_trained_and_judged(family, rng):
 
 @every_family
 def test_extreme_inputs_stay_finite(family, rng):
-    model = MODELS["vae-convolutional"]
+    model = replace(MODELS["vae"], likelihood=Gaussian())
     guide = guides.make(family, model, num_data=N)
     data = make_data(model, rng, scale=1e4)
     svi = SVI(model, guide, optax.sgd(0.0), Trace_ELBO())
     params = jax.jit(lambda key: svi.get_params(svi.init(key, **data)))(KEY)
     value = lambda p: Trace_ELBO().loss(KEY, p, model, guide, **data)  # noqa: E731
-    loss, gradient = hasty_jit(jax.value_and_grad(value))(params)
+    loss, gradient = jax.jit(jax.value_and_grad(value))(params)
     assert np.isfinite(loss)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
@@ -264,8 +276,8 @@ def train(model, guide, data, objective):
         guide,
         data,
         objective=OBJECTIVES[objective](4 if objective in BOUNDS else 1),
-        optimizer=optax.adam(optax.cosine_decay_schedule(2e-2, 3000), b2=0.99),
-        num_steps=3000,
+        optimizer=optax.adam(optax.cosine_decay_schedule(3e-2, 1500), b2=0.99),
+        num_steps=1500,
         batch_size=size,
     )
     params = jax.tree.map(lambda p: p[0], result.params)
@@ -278,7 +290,7 @@ def train(model, guide, data, objective):
     [
         *itertools.product(["mean-field"], SHARP),
         *itertools.product(["per-datum", "semi-amortised", "low-rank"], SHARP[:1]),
-        *itertools.product(["full-covariance"], [*SHARP, *BOUNDS]),
+        *itertools.product(["full-covariance"], [*SHARP[1:], BOUNDS[1]]),
         ("flow", "sticking-the-landing"),
     ],
 )
