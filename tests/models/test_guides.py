@@ -271,13 +271,14 @@ BOUNDS = ["importance-weighted", "doubly-reparameterized"]  # tighter, unless q 
 def train(model, guide, data, objective):
     """The ELBO of each datum after a fit on all of them."""
     size = len(data["x"])
+    num_steps = 3000 if isinstance(guide, guides.PerDatum) else 1500
     result = fit(
         model,
         guide,
         data,
         objective=OBJECTIVES[objective](4 if objective in BOUNDS else 1),
-        optimizer=optax.adam(optax.cosine_decay_schedule(3e-2, 1500), b2=0.99),
-        num_steps=1500,
+        optimizer=optax.adam(optax.cosine_decay_schedule(3e-2, num_steps), b2=0.99),
+        num_steps=num_steps,
         batch_size=size,
     )
     params = jax.tree.map(lambda p: p[0], result.params)
