@@ -21,7 +21,11 @@ jaxtyping.install_import_hook(["models", "inference", "experiments"], "beartype.
 # Programs here are small and run once, so that most of the time goes into compiling them: let XLA
 # do that in haste, in the processes that tests start too.
 os.environ["XLA_FLAGS"] = " ".join(
-    [*os.environ.get("XLA_FLAGS", "").split(), "--xla_backend_optimization_level=1"]
+    [
+        *os.environ.get("XLA_FLAGS", "").split(),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
 )
 
 if "JAX_NUM_CPU_DEVICES" not in os.environ:
