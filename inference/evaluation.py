@@ -38,8 +38,8 @@ class Estimate:
         monte_carlo_variance: (N,), the part of each number's variance that its draws are to blame
             for (to first order in 1 / num_samples), where it is known.
         pareto_k: (N,), the shape k-hat of the tail of each datum's importance weights (Vehtari et
-            al. 2024, section 3), where there are weights and enough of them. -inf where they are
-            constant, which no tail is lighter than; NaN where no tail could be fitted.
+            al. 2024, section 3), where there are weights and enough of them. -inf where those of
+            the tail are constant, which no tail is lighter than; NaN where none could be fitted.
     """
 
     pointwise: Float[np.ndarray, " N"]
@@ -418,7 +418,7 @@ def _pareto_k(largest: Float[np.ndarray, "N largest"], num_samples: int) -> Floa
     from arviz_stats.base.array import array_stats  # two seconds: SciPy, pandas, xarray
 
     log_w = largest.astype(np.float64)
-    greatest, least = log_w[:, 0], log_w[:, -1]
+    greatest, least = log_w[:, 0], log_w[:, -2]  # of the tail
     pareto_k = np.full(len(log_w), np.nan)
     finite = np.isfinite(greatest)
     # Differences of a few units in the last place are rounding, which is no tail.

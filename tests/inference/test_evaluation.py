@@ -202,6 +202,25 @@ def test_constant_weights_have_no_tail():
         assert result.high_pareto_k.estimate == 0
 
 
+def test_a_tail_of_one_weight_is_none_though_others_are_smaller():
+    """About a fifth of the draws, which is the tail, weigh e times as much as the rest."""
+
+    def step(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Uniform(0.0, 1.0))
+            numpyro.factor("weight", jnp.where(z < 0.2, 1.0, 0.0) + x)
+
+    def prior(x):
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Uniform(0.0, 1.0))
+
+    data = {"x": np.zeros(200, np.float32)}
+    result = log_likelihood(step, prior, {}, data, key=KEY, num_samples=100)
+    num_greater = np.round((np.exp(result.pointwise) - 1) / (np.e - 1) * 100).astype(int)
+    assert {19, 20, 21} <= set(num_greater)
+    np.testing.assert_array_equal(result.pareto_k == -np.inf, num_greater >= 20)
+
+
 def test_a_guide_too_narrow_has_high_pareto_k():
     repeated = {name: np.tile(array, 20) for name, array in DATA.items()}
 
