@@ -27,7 +27,15 @@ from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from tabulate import tabulate
 
 import inference
-from experiments.runs import Run, command_line, import_ahead, trace_attributes
+from experiments.runs import (
+    Run,
+    check_known,
+    check_least,
+    check_positive,
+    command_line,
+    import_ahead,
+    trace_attributes,
+)
 from inference import Fit, antithetic, fit, pointwise_elbo, precondition, to_datatree
 from models import gaussian_mean
 
@@ -75,23 +83,16 @@ class Config:
 
     def __post_init__(self):
         self.truth()
-        for name in ("num_data", "num_steps", "num_seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {self.seed}")
+        check_least(1, self, "num_data", "num_steps", "num_seeds")
+        check_least(0, self, "seed")
+        check_positive(self, "learning_rate")
+        check_known(self, objective=OBJECTIVES)
         if self.batch_size is not None and not 1 <= self.batch_size <= self.num_data:
             raise ValueError(
                 f"batch_size: expected 1 to num_data = {self.num_data}, got {self.batch_size}"
             )
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         if not 0 <= self.average < 1:
             raise ValueError(f"average: expected a fraction below 1, got {self.average}")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
-            )
 
     def truth(self) -> gaussian_mean.Truth:
         """The process that makes the data."""

@@ -20,7 +20,14 @@ from tabulate import tabulate
 
 from experiments import pictures
 from experiments.datasets import Dataset, load
-from experiments.runs import Run, import_ahead, trace_attributes
+from experiments.runs import (
+    Run,
+    check_known,
+    check_least,
+    check_positive,
+    import_ahead,
+    trace_attributes,
+)
 from inference import (
     OBJECTIVES,
     Estimate,
@@ -150,35 +157,17 @@ class Config:
     progress: bool = True
 
     def __post_init__(self):
-        for name, table in (
-            ("preset", vae.PRESETS),
-            ("guide", guides.GUIDES),
-            ("activation", ACTIVATIONS),
-            ("likelihood", LIKELIHOODS),
-            ("objective", OBJECTIVES),
-            ("schedule", SCHEDULES),
-        ):
-            value = getattr(self, name)
-            if value is not None and value not in table:
-                raise ValueError(f"{name}: expected one of {', '.join(table)}, got {value!r}")
-        for name in (
-            *("num_train", "num_test", "num_latents", "num_epochs", "batch_size"),
-            *("num_particles", "patience", "num_samples", "num_seeds"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        for name in ("learning_rate", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+        check_known(self, preset=vae.PRESETS, guide=guides.GUIDES, activation=ACTIVATIONS)
+        check_known(self, likelihood=LIKELIHOODS, objective=OBJECTIVES, schedule=SCHEDULES)
+        check_least(1, self, "num_train", "num_test", "num_latents", "num_epochs", "batch_size")
+        check_least(1, self, "num_particles", "patience", "num_samples", "num_seeds")
+        check_least(0, self, "seed")
+        check_positive(self, "learning_rate", "clip_norm")
         if not 0 <= self.kl_warm_up <= self.num_epochs:
             raise ValueError(
                 f"kl_warm_up: expected 0 to num_epochs = {self.num_epochs}, got {self.kl_warm_up}; "
                 f"a longer one would never train the ELBO itself"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {self.seed}")
         for name in ("num_validation", "batch_size"):
             if self.guide == "per-datum" and getattr(self, name):
                 raise ValueError(
@@ -272,12 +261,8 @@ class LabelConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.prior not in ("standard", "learned"):
-            raise ValueError(f"prior: expected standard or learned, got {self.prior!r}")
-        for name in ("num_embedded", "num_label_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_known(self, prior=("standard", "learned"))
+        check_least(1, self, "num_embedded", "num_label_samples")
 
     def data(self) -> Dataset:
         """Images and their labels, split into training, validation and test."""
@@ -340,7 +325,7 @@ def judge(
 ) -> dict[str, Any]:
     """Every seed's terms of the ELBO and log-likelihood on the test images, pointwise."""
     key = random.fold_in(random.key(TEST_SEED), config.seed)
-    judged = {"terms": [], "log_likelihood": [], "z": [], "z_loc": []}
+    judged = {"terms": [], "log_likelihood": [], "z": []}
     together: dict[str, Any] = {}
     for i in range(config.num_seeds):
         seed_params = pictures.of_seed(params, i)
@@ -358,9 +343,7 @@ def judge(
                 **together,
             )
         )
-        x, c = test["x"], test.get("c")
-        judged["z"].append(encode(guide, seed_params, x, c, key=key))
-        judged["z_loc"].append(encode(guide, seed_params, x, c))
+        judged["z"].append(encode(guide, seed_params, test["x"], test.get("c"), key=key))
     return judged
 
 
@@ -520,7 +503,7 @@ def run(
         if isinstance(config, LabelConfig) and "c" in test and config.guide != "per-datum":
             result["labels"] = check_labels(config, model, guide, fitted, test)
         result["seconds"]["evaluate"] = time.perf_counter() - judging
-        z_loc = np.asarray(judged["z_loc"][0])
+        z_loc = judged["terms"][0].z_loc["z"]
         pictures.draw(result, model, fitted, z_loc, test, directory.path)
         write_trace(directory.path / "trace.nc", fitted, judged, test, result)
         result["seconds"]["total"] = time.perf_counter() - began

@@ -40,7 +40,8 @@ from jaxtyping import Float
 from tabulate import tabulate
 
 from experiments.datasets import load
-from experiments.runs import Run, command_line, import_ahead
+from experiments.pictures import of_seed
+from experiments.runs import Run, check_least, check_positive, command_line, import_ahead
 from inference import Fit, Held, fit, pointwise_elbo, to_datatree
 from models import guides, linear_gaussian
 from models.conditions import Labels
@@ -100,19 +101,12 @@ class Config:
         for name in self.guides:
             if name not in GAPS:
                 raise ValueError(f"guides: expected some of {', '.join(GAPS)}, got {name!r}")
-        for name in (
-            *("num_train", "num_latents", "num_steps"),
-            *("batch_size", "num_samples", "num_seeds"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        check_least(1, self, "num_train", "num_latents", "num_steps", "batch_size")
+        check_least(1, self, "num_samples", "num_seeds")
+        check_least(0, self, "seed")
+        check_positive(self, "learning_rate")
         if not 0 <= self.average < 1:
             raise ValueError(f"average: expected a fraction below 1, got {self.average}")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {self.seed}")
 
     def data(self) -> tuple[dict[str, np.ndarray], linear_gaussian.Model, str]:
         """Grey levels less the test images' mean, their model, and what they are called."""
@@ -164,11 +158,6 @@ def train(
         checkpoint=checkpoint,
         progress=config.progress,
     )
-
-
-def of_seed(params: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """The parameters of one seed."""
-    return jax.tree.map(lambda p: p[i], dict(params))
 
 
 def hold(model: linear_gaussian.Model, params: Mapping[str, Any], seed: int) -> dict[str, Any]:

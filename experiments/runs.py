@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,30 @@ def command_line(main: Callable[[Any], Any], config_type: type) -> None:
         if error.code:
             _leave(re.sub(r"^╭─.*|For full helptext.*|[│╰╯─]", "", complaint.getvalue()))
         raise
+
+
+def check_least(least: int, config: Any, *names: str) -> None:
+    """Raises ValueError where one of the settings ``names`` is given, and below ``least``."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError where one of the settings ``names`` is given, and not above zero."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def check_known(config: Any, **known: Iterable[str]) -> None:
+    """Raises ValueError where a setting is given, and not one of those known by its name."""
+    for name, choices in known.items():
+        value = getattr(config, name)
+        if value is not None and value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def import_ahead(*modules: str) -> None:

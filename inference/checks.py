@@ -27,7 +27,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger, apply_stack
 
-from inference.sites import DATA_PLATE, Site, base, in_data_plate, is_latent
+from inference.sites import DATA_PLATE, Site, base, in_data_plate, is_latent, trace_of
 
 _SLAB = 2**20  # entries of an array looked at together: bounds the memory of the search for NaN
 
@@ -255,15 +255,11 @@ def check_mean_field(
         UserWarning: the dependencies between several latent sites could not be found.
     """
 
-    def sites_of(program: Callable[..., Any], data: Mapping[str, Any], batch: Any) -> Any:
-        seeded = handlers.seed(program, key)
-        return handlers.trace(handlers.substitute(seeded, data=data)).get_trace(**batch)
-
     def parents(program: Callable[..., Any], draws: dict[str, Any], params: Any, batch: Any) -> Any:
         """By site, the draws on which its log density depends."""
 
         def log_probs(**draws: Any) -> Any:
-            sites = sites_of(program, params | draws, batch)
+            sites = trace_of(program, key, params | draws, **batch)
             return {
                 name: sites[name]["fn"].log_prob(draws[name]) for name in draws if name in sites
             }
@@ -272,10 +268,10 @@ def check_mean_field(
         return {name: set(sources) - {name} for name, sources in found.items()}
 
     def find(batch: dict[str, Array]) -> None:
-        drawn = sites_of(guide, {}, batch)
+        drawn = trace_of(guide, key, {}, **batch)
         draws = {name: site["value"] for name, site in drawn.items() if is_latent(site)}
         params = {n: site["value"] for n, site in drawn.items() if site["type"] == "param"}
-        sites = sites_of(model, params | draws, batch)
+        sites = trace_of(model, key, params | draws, **batch)
         shared = [name for name in draws if name in sites]
         exact = [name for name in shared if _has_formula(drawn[name]["fn"], sites[name]["fn"])]
         if len(shared) < 2 or not exact:

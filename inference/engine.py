@@ -57,8 +57,9 @@ class Fit:
             after which steps.
         state: the engine's last state.
         config: the settings, JSON-able.
-        info: what happened, JSON-able: device, versions, seconds (compile, run, total),
-            validation_steps, and per seed num_steps and num_skipped.
+        info: what happened, JSON-able: device, versions, seconds (compile and total, of this call;
+            run, of the training as a whole), validation_steps, and per seed num_steps and
+            num_skipped.
     """
 
     params: dict[str, Any]
@@ -94,6 +95,7 @@ class _History(NamedTuple):
     num_steps: Int[np.ndarray, " seed"]
     elbo: Float[np.ndarray, "seed step"]
     validation_elbo: Float[np.ndarray, "seed evaluation"]
+    seconds: Float[np.ndarray, ""]  # of training, before a resume too
 
 
 def fit(
@@ -215,11 +217,10 @@ def fit(
         data,
     )
     if validation is not None:
-        takes = jax.eval_shape(loop.first_batch, keys[0], data)  # which preprocess may rename
-        if validation.keys() != takes.keys():
+        if validation.keys() != loop.batch.keys():
             raise ValueError(
-                f"validation: expected arrays {sorted(takes)}, got {sorted(validation)}; give what "
-                f"the programs take, since preprocess is not applied"
+                f"validation: expected arrays {sorted(loop.batch)}, got {sorted(validation)}; give "
+                f"what the programs take, since preprocess is not applied"
             )
         check_values((model, guide), validation)
 
@@ -238,6 +239,7 @@ def fit(
             np.zeros(num_seeds, np.int32),
             np.full((num_seeds, settings.num_steps), np.nan, np.float32),
             np.full((num_seeds, max(1, settings.num_validations)), np.nan, np.float32),
+            np.zeros((), np.float32),
         )
         checkpoints, saved = None, None
         if checkpoint is not None:
@@ -251,7 +253,7 @@ def fit(
             state, history = saved[0], _History(**jax.tree.map(np.array, saved[1]))
     state = jax.device_put(state, replicated)
     advance = advance.result()
-    seconds = {"compile": time.perf_counter() - compiling, "run": 0.0}
+    compiled = time.perf_counter()
 
     def result() -> Fit:
         every = settings.validate_every
@@ -265,7 +267,11 @@ def fit(
             info={
                 "device": describe_device(),
                 "versions": versions(),
-                "seconds": seconds | {"total": time.perf_counter() - began},
+                "seconds": {
+                    "compile": compiled - compiling,
+                    "run": float(history.seconds),
+                    "total": time.perf_counter() - began,
+                },
                 "validation_steps": [every * (i + 1) for i in range(num_validations)],
                 "num_steps": history.num_steps.tolist(),
                 "num_skipped": (history.num_steps - np.isfinite(history.elbo).sum(1)).tolist(),
@@ -314,7 +320,7 @@ def fit(
                 column = step // settings.validate_every - 1
                 history.validation_elbo[:, column] = np.where(active, held_out, np.nan)
                 active = np.array(state.active)
-            seconds["run"] += time.perf_counter() - looked
+            history.seconds[...] += time.perf_counter() - looked
             _report(bar, step, elbo, history, settings)
             due = time.perf_counter() - saved_at > checkpoint_every
             if checkpoints and (due or step == settings.num_steps or not active.any()):

@@ -20,7 +20,7 @@ from numpyro.infer.util import compute_log_probs
 from tqdm import tqdm
 
 from inference.checks import check_data, check_values
-from inference.sites import elementwise_kl, sum_by_datum
+from inference.sites import elementwise_kl, length, sum_by_datum
 
 Program = Callable[..., Any]
 
@@ -318,10 +318,6 @@ def _run(
     return log_q, q_sites, log_p, p_sites
 
 
-def _size(data: Mapping[str, Any]) -> int:
-    return len(next(iter(data.values())))
-
-
 def _log_weight(
     model: Program, guide: Program, params: Mapping[str, Any], data: Mapping[str, ArrayLike]
 ) -> Callable[[Array], Float[Array, " N"]]:
@@ -330,7 +326,7 @@ def _log_weight(
 
     def draw(key: Array) -> Array:
         log_q, q_sites, log_p, p_sites = _run(model, guide, params, arrays, key)
-        size = _size(arrays)
+        size = length(arrays)
         return sum_by_datum(log_p, p_sites, size) - sum_by_datum(log_q, q_sites, size)
 
     return draw
@@ -341,7 +337,7 @@ def _terms(
 ) -> dict[str, Any]:
     """The terms of the ELBO at one draw."""
     log_q, q_sites, log_p, p_sites = _run(model, guide, params, data, key)
-    size = _size(data)
+    size = length(data)
     observed = {name: log_p[name] for name in log_p if p_sites[name]["is_observed"]}
     prior = {name: log_p[name] for name in log_p if name not in observed}
     latents = [name for name in prior if name in log_q]

@@ -21,6 +21,7 @@ from inference.objectives import FreeBits, KLWarmUp, KLWeighted, PerDatum, neste
 from inference.optimizers import GuardState, guard
 from inference.settings import Settings
 from inference.shuffle import epoch_word, permute
+from inference.sites import length
 
 Program = Callable[..., Any]
 Batch = Mapping[str, Array]
@@ -85,10 +86,11 @@ class Loop:
         self.preprocess, self.init_params, self.settings = preprocess, init_params, settings
         self.num_data, self.batch_size = settings.num_data, settings.batch_size
         self.sharding = mesh and NamedSharding(mesh, PartitionSpec("data"))
+        self.batch = jax.eval_shape(self.first_batch, key, data)
         self.has_globals = check_programs(
             model,
             guide,
-            jax.eval_shape(self.first_batch, key, data),
+            self.batch,
             key=key,
             can_infer_discrete=objective.can_infer_discrete,
         )
@@ -102,7 +104,7 @@ class Loop:
             # An autoguide keeps its first run: let that be a concrete one, not a traced one.
             handlers.seed(guide, key)(**self.first_batch(key, data))
         if any(isinstance(part, TraceMeanField_ELBO | FreeBits) for part in nested(objective)):
-            check_mean_field(model, guide, jax.eval_shape(self.first_batch, key, data), key=key)
+            check_mean_field(model, guide, self.batch, key=key)
         plain = objective.objective if isinstance(objective, KLWarmUp) else objective
         scaled = PerDatum(plain, self.num_data, self.has_globals)
         self.validation_objective = validation_objective or plain
@@ -239,15 +241,15 @@ class Loop:
     ) -> tuple[State, Float[Array, " seed"]]:
         """The held-out ELBO of the parameters that would be returned now, and with ``patience``
         the best ones kept and the seeds stopped that have run out of it."""
-        objective = PerDatum(self.validation_objective, _length(data), self.has_globals)
-        size = min(self.batch_size, _length(data))
-        num_full = _length(data) // size * size
+        objective = PerDatum(self.validation_objective, length(data), self.has_globals)
+        size = min(self.batch_size, length(data))
+        num_full = length(data) // size * size
         weighs = isinstance(self.validation_objective, RenyiELBO)
-        if weighs and self.has_globals and size < _length(data):
+        if weighs and self.has_globals and size < length(data):
             raise ValueError(
                 f"validation_objective: RenyiELBO weighs whole data sets where there are global "
                 f"latent variables: expected at most {size} validation data, a batch, got "
-                f"{_length(data)}"
+                f"{length(data)}"
             )
 
         def elbo(params: PyTree, mutable: PyTree, key: Array) -> Array:
@@ -260,10 +262,10 @@ class Loop:
             split = {k: v[:num_full].reshape(-1, size, *v.shape[1:]) for k, v in data.items()}
             keys = random.split(key, num_full // size + 1)
             total = size * lax.map(lambda x: loss(*x), (keys[:-1], split)).sum()
-            if num_full < _length(data):
+            if num_full < length(data):
                 rest = {k: v[num_full:] for k, v in data.items()}
-                total += _length(rest) * loss(keys[-1], rest)
-            return -total / _length(data)
+                total += length(rest) * loss(keys[-1], rest)
+            return -total / length(data)
 
         params = self.current(state)
         elbos = jax.vmap(elbo)(params, state.mutable, keys)
@@ -298,10 +300,6 @@ def _by_seed(change: Callable[[Array], Array], state: State) -> State:
     """``change`` on the arrays that have a seed axis."""
     fields = zip(state, SEED_AXES, strict=True)
     return State(*(x if axis is None else jax.tree.map(change, x) for x, axis in fields))
-
-
-def _length(arrays: Mapping[str, Any]) -> int:
-    return len(next(iter(arrays.values())))
 
 
 def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:

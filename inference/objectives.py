@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import lax, random
 from jaxtyping import Array, Float
-from numpyro.handlers import block, replay, seed, substitute, trace
+from numpyro.handlers import block, replay, seed
 from numpyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.util import compute_log_probs
@@ -49,7 +49,9 @@ from inference.sites import (
     in_data_plate,
     is_latent,
     is_observed,
+    length,
     sum_by_datum,
+    trace_of,
 )
 
 
@@ -90,7 +92,7 @@ class PerDatum(ELBO):
         return self._scaled(method, rng_key, param_map, model, guide, kwargs)
 
     def _scaled(self, method, rng_key, param_map, model, guide, batch):
-        size = len(next(iter(batch.values())))
+        size = length(batch)
         if self.has_globals:
             factor, size = self.num_data / size, self.num_data
             model, guide = (_Rescale(fn, factor, in_data_plate) for fn in (model, guide))
@@ -283,8 +285,8 @@ class FreeBits(ELBO):
         def divergences(key: Array) -> dict[str, tuple[Array, Array]]:
             """By latent site: data, or what a batch stands for; nats of every dimension."""
             model_key, guide_key = random.split(key)  # as NumPyro splits it: the same draws
-            drawn = _trace_of(guide, guide_key, param_map, args, kwargs)
-            sites = _trace_of(replay(model, drawn), model_key, param_map, args, kwargs)
+            drawn = trace_of(guide, guide_key, param_map, *args, **kwargs)
+            sites = trace_of(replay(model, drawn), model_key, param_map, *args, **kwargs)
             check_model_guide_match(sites, drawn)
             return {n: _mean_kl(drawn[n], s) for n, s in sorted(sites.items()) if is_latent(s)}
 
@@ -409,7 +411,7 @@ def _along_the_path(
     The gradient of every datum's draws is multiplied by ``share``.
     """
     model_key, guide_key = random.split(key)
-    drawn = _trace_of(guide, guide_key, params, args, kwargs)
+    drawn = trace_of(guide, guide_key, params, *args, **kwargs)
     drawn = {name: _drawn_along(site, share) for name, site in drawn.items()}
     # A Delta follows from the other draws. So that it still agrees with them it is not drawn again.
     draws = {
@@ -476,10 +478,6 @@ def _batch_size(sites: dict[str, Site]) -> int:
 def _keys(rng_key: Array, num_particles: int) -> Array:
     """One for each particle, as NumPyro splits them."""
     return random.split(rng_key, num_particles) if num_particles > 1 else rng_key[None]
-
-
-def _trace_of(program, key, params, args, kwargs) -> dict[str, Site]:
-    return dict(trace(substitute(seed(program, key), data=params)).get_trace(*args, **kwargs))
 
 
 def _require_particles(num_particles: int) -> None:

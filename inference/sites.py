@@ -1,16 +1,29 @@
 """What the sites of a NumPyro trace tell: the plate of the data, log densities and divergences."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro.distributions.kl import kl_divergence
+from numpyro.handlers import seed, substitute, trace
 
 DATA_PLATE = "data"
 
 Site = dict[str, Any]  # what NumPyro calls a message: one `sample`, `plate`, `param`, ...
+
+
+def trace_of(
+    program: Callable[..., Any], key: Array, values: Mapping[str, Any], /, *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """The sites of ``program(*args, **kwargs)``, those named in ``values`` with their value."""
+    return dict(trace(substitute(seed(program, key), data=values)).get_trace(*args, **kwargs))
+
+
+def length(arrays: Mapping[str, Any]) -> int:
+    """The number of data in arrays by name."""
+    return len(next(iter(arrays.values())))
 
 
 def is_latent(site: Site) -> bool:

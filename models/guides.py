@@ -46,7 +46,7 @@ from numpyro.distributions import constraints, transforms
 from numpyro.infer.util import log_density
 from scipy.linalg import hadamard
 
-from models.networks import MLP, SCALE_FLOOR, Encoder, check_images, network
+from models.networks import MLP, SCALE_FLOOR, Encoder, check_images, network, positive
 
 # --- what the families share ----------------------------------------------------------------------
 
@@ -103,17 +103,12 @@ class Amortised(Guide):
             return Encoder(self.model, self.hidden, sum(sizes), rngs=rngs)
 
         outputs = network("encoder", build)(x, c)
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-        return jnp.split(outputs, ends, axis=-1)
+        return jnp.split(outputs, np.cumsum(sizes[:-1]), axis=-1)
 
 
 def _hidden(model: Any, hidden: tuple[int, ...] | None) -> tuple[int, ...]:
     """The encoder's sizes: the decoder's in reverse unless given."""
     return tuple(getattr(model, "hidden", ())[::-1]) if hidden is None else hidden
-
-
-def _scale(raw: Array) -> Array:
-    return jax.nn.softplus(raw) + SCALE_FLOOR
 
 
 def _reshaped(fn: dist.Distribution, shape: tuple[int, ...]) -> dist.Distribution:
@@ -135,7 +130,7 @@ class MeanField(Amortised):
     def posterior(self, x: Array, c: Array | None) -> dist.Distribution:
         """Independent Normals."""
         z_loc, raw = self.encode(x, c, *[self.model.num_latents] * 2)
-        return dist.Normal(z_loc, _scale(raw)).to_event(1)
+        return dist.Normal(z_loc, positive(raw)).to_event(1)
 
 
 def mean_field(model: Any, hidden: tuple[int, ...] | None = None) -> MeanField:
@@ -194,7 +189,7 @@ class FullCovariance(Amortised):
         rows, columns = jnp.tril_indices(size, -1)
         unit = jnp.broadcast_to(jnp.eye(size), (*z_loc.shape, size))
         unit = unit.at[..., rows, columns].set(below / size**0.5)
-        return CholeskyNormal(z_loc, _scale(raw)[..., None] * unit)
+        return CholeskyNormal(z_loc, positive(raw)[..., None] * unit)
 
 
 def full_covariance(model: Any, hidden: tuple[int, ...] | None = None) -> FullCovariance:
@@ -227,7 +222,7 @@ class LowRank(Amortised):
         """A multivariate Normal by its factor and its diagonal."""
         size = self.model.num_latents
         z_loc, raw, factor = self.encode(x, c, size, size, size * self.rank)
-        scale = _scale(raw)
+        scale = positive(raw)
         factor = scale[..., None] * factor.reshape(-1, size, self.rank) / size**0.5
         return dist.LowRankMultivariateNormal(z_loc, factor, scale**2)
 
@@ -453,7 +448,7 @@ class SemiAmortised(MeanField):
     def posterior(self, x: Array, c: Array | None) -> dist.Distribution:
         """Independent Normals, refined; the gradient passes straight to the encoder."""
         z_loc, raw = self.encode(x, c, *[self.model.num_latents] * 2)
-        start = z_loc, jnp.log(_scale(raw))
+        start = z_loc, jnp.log(positive(raw))
         end = self.refine(lax.stop_gradient(start), self.density(x, c))
         z_loc, log_scale = (s + lax.stop_gradient(e - s) for s, e in zip(start, end, strict=True))
         return dist.Normal(z_loc, jnp.exp(log_scale)).to_event(1)

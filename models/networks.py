@@ -23,6 +23,11 @@ Activation = Callable[[Array], Array]
 SCALE_FLOOR = 1e-4  # of a guide's or a prior's standard deviation
 
 
+def positive(raw: Array) -> Array:
+    """A network's outputs as standard deviations: their softplus plus ``SCALE_FLOOR``."""
+    return jax.nn.softplus(raw) + SCALE_FLOOR
+
+
 def network[Module: nnx.Module](name: str, build: Callable[[nnx.Rngs], Module]) -> Module:
     """The network that ``build`` makes, its parameters the site ``name`` of the program.
 
@@ -109,9 +114,9 @@ class GaussianMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch n"]
     ) -> tuple[Float[Array, "*batch m"], Float[Array, "*batch m"]]:
-        """The location, and the standard deviation: a softplus plus ``SCALE_FLOOR``."""
+        """The location, and the standard deviation."""
         loc, raw = jnp.split(self.mlp(x), 2, axis=-1)
-        return loc, jax.nn.softplus(raw) + SCALE_FLOOR
+        return loc, positive(raw)
 
 
 # --- the networks of images -----------------------------------------------------------------------

@@ -33,7 +33,7 @@ from tabulate import tabulate
 from inference import fit
 from inference.shuffle import epoch_word, permute
 from models import gaussian_mean, guides, vae
-from models.networks import Decoder, Encoder
+from models.networks import SCALE_FLOOR, Decoder, Encoder
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def vae_loss(params, key, x):
 
     x = x.reshape(len(x), -1)
     loc, raw = jnp.split(layer("e2", jax.nn.softplus(layer("e1", x))), 2, axis=-1)
-    scale = jax.nn.softplus(raw) + 1e-4
+    scale = jax.nn.softplus(raw) + SCALE_FLOOR
     noise = random.normal(key, loc.shape)
     z = loc + scale * noise
     logits = layer("d2", jax.nn.softplus(layer("d1", z)))
@@ -296,7 +296,7 @@ def svhn_loss(params, key, x):
         nnx.merge(nnx.graphdef(abstract[name]), params[name]) for name in ("encoder", "decoder")
     )
     loc, raw = jnp.split(encode(x), 2, axis=-1)
-    scale = jax.nn.softplus(raw) + 1e-4
+    scale = jax.nn.softplus(raw) + SCALE_FLOOR
     z = loc + scale * random.normal(key, loc.shape)
     x_loc = 2 * jax.nn.sigmoid(decode(z)[:, 0]) - 1
     log_x = (-0.5 * (x - x_loc) ** 2).sum((1, 2, 3)) - x[0].size * jnp.log(2 * jnp.pi) / 2

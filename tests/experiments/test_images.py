@@ -230,7 +230,7 @@ def test_impossible_settings_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prior": "flat"}, "prior: expected standard or learned, got 'flat'"),
+        ({"prior": "flat"}, "prior: expected one of standard, learned, got 'flat'"),
         ({"num_embedded": 0}, "num_embedded: expected at least 1, got 0"),
         ({"preset": "none"}, "preset: expected one of"),
     ],

@@ -431,7 +431,7 @@ def test_a_finished_run_is_read_back_without_training(tmp_path):
     first = run(checkpoint=tmp_path / "c")
     second = run(checkpoint=tmp_path / "c")
     assert_same_bits(first, second)
-    assert second.info["seconds"]["run"] == 0.0
+    assert second.info["seconds"]["run"] == first.info["seconds"]["run"] > 0
 
 
 def test_a_half_written_checkpoint_is_not_read(tmp_path):
