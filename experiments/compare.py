@@ -91,8 +91,6 @@ def read(runs: tuple[Path, ...]) -> dict[str, DataTree]:
             )
         with az.from_netcdf(path / "trace.nc", engine="h5netcdf") as tree:
             trees[name] = tree.load()
-        if "settings" not in trees[name].attrs and (path / "config.json").exists():
-            trees[name].attrs["settings"] = (path / "config.json").read_text()
     return trees
 
 

@@ -26,7 +26,15 @@ from tabulate import tabulate
 from experiments import pictures
 from experiments.datasets import Dataset, load
 from experiments.images import TEST_SEED, estimate, held_out
-from experiments.runs import Run, command_line, import_ahead
+from experiments.runs import (
+    Run,
+    check_known,
+    check_least,
+    check_positive,
+    command_line,
+    import_ahead,
+    trace_attributes,
+)
 from inference import (
     Estimate,
     Fit,
@@ -135,22 +143,11 @@ class Config:
     progress: bool = True
 
     def __post_init__(self):
-        for name, known in (("quadrants", ("1", "2", "3", "all")), ("preset", structured.PRESETS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-        for name in (
-            *("num_train", "num_test", "num_validation", "num_epochs", "baseline_epochs"),
-            *("batch_size", "patience", "num_particles", "num_samples"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {self.seed}")
+        check_known(self, quadrants=("1", "2", "3", "all"), preset=structured.PRESETS)
+        check_least(1, self, "num_train", "num_test", "num_validation", "batch_size", "patience")
+        check_least(1, self, "num_epochs", "baseline_epochs", "num_particles", "num_samples")
+        check_least(0, self, "seed")
+        check_positive(self, "learning_rate")
         if self.kl_warm_up is not None and not 0 <= self.kl_warm_up <= self.num_epochs:
             raise ValueError(
                 f"kl_warm_up: expected 0 to num_epochs = {self.num_epochs}, got {self.kl_warm_up}"
@@ -274,10 +271,7 @@ def judge(
         ),
         "cvae_negative_elbo": elbo,
     }
-    return {
-        name: Estimate(-e.pointwise, e.num_samples, e.monte_carlo_variance)
-        for name, e in judged.items()
-    }
+    return {name: replace(e, pointwise=-e.pointwise) for name, e in judged.items()}
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -291,11 +285,15 @@ def table(result: Mapping[str, Any]) -> str:
             words = words.replace("CVAE", f"hybrid {config['alpha']:g}")
         numbers = [f"{row[s]['estimate']:.2f}" for s in ("validation", "test")]
         error, num_samples = f"{row['test']['standard_error']:.2f}", row["test"]["num_samples"]
+        high = row["test"].get("high_pareto_k")
+        share = "" if high is None else f"{high:.4f}"
         published = PUBLISHED[quadrants].get(name, ())
         pyro = PYRO[quadrants].get(name)
         beside = [" / ".join(f"{n:.2f}" for n in published), f"{pyro:.1f}" if pyro else ""]
-        rows.append((words, *numbers, error, str(num_samples), *(beside if is_mnist else ())))
-    headers = ["nats per image", "validation", "test", "s.e.", "samples"]
+        rows.append(
+            (words, *numbers, error, str(num_samples), share, *(beside if is_mnist else ()))
+        )
+    headers = ["nats per image", "validation", "test", "s.e.", "samples", "k-hat too high"]
     headers += ["Sohn et al., val. / test", "Pyro"] if is_mnist else []
     body = tabulate(
         rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1))
@@ -349,7 +347,7 @@ def main(config: Config) -> dict[str, Any]:
         params = {name: pictures.of_seed(fitted.params, 0) for name, fitted in fits.items()}
         draw_completions(model, params, test, result, run.path / "completions.png")
         draw_training(fits, result, run.path / "training.png")
-        write_trace(run.path / "trace.nc", fits, judged["test"], result)
+        write_trace(run.path / "trace.nc", fits, judged["test"], test, result)
         result["seconds"]["total"] = time.perf_counter() - began
         run.write("result.json", result)
     print(table(result))
@@ -358,10 +356,8 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def _part(e: Estimate, part: slice) -> Estimate:
-    variance = e.monte_carlo_variance
-    return Estimate(
-        e.pointwise[part], e.num_samples, variance if variance is None else variance[part]
-    )
+    arrays = {name: a[part] for name, a in vars(e).items() if isinstance(a, np.ndarray)}
+    return replace(e, **arrays)
 
 
 def summarize(
@@ -383,9 +379,7 @@ def summarize(
             if (arrays := getattr(dataset, split)) is not None
         },
         "num_parameters": sum(p.size for p in jax.tree.leaves(fits["cvae"].params)),
-        "rows": {
-            name: {split: estimate([rows[name]]) for split, rows in judged.items()} for name in ROWS
-        },
+        "rows": {name: {split: row(rows[name]) for split, rows in judged.items()} for name in ROWS},
         "num_steps": {name: fitted.info["num_steps"][0] for name, fitted in fits.items()},
         "seconds": {part: sum(i["seconds"][part] for i in info) for part in ("compile", "run")},
         "device": info[0]["device"],
@@ -393,19 +387,37 @@ def summarize(
     }
 
 
+def row(e: Estimate) -> dict[str, Any]:
+    """One number of the table, and for how large a share of images its samples are too few."""
+    high = e.high_pareto_k
+    return estimate([e]) | {"high_pareto_k": None if high is None else high.estimate}
+
+
 def write_trace(
-    path: Path, fits: Mapping[str, Fit], judged: Mapping[str, Estimate], result: Mapping[str, Any]
+    path: Path,
+    fits: Mapping[str, Fit],
+    judged: Mapping[str, Estimate],
+    test: Mapping[str, Any],
+    result: Mapping[str, Any],
 ) -> None:
-    """The CVAE's fit and every row's log-likelihood of each test image, for ArviZ; the other two
-    fits in groups of their own."""
+    """The CVAE's fit and its log-likelihood of each test image, for ArviZ; every row of the table
+    by image; the other two fits in groups of their own."""
+    likelihood = judged["cvae_importance_sampling"]
+    evaluation = {name: -e.pointwise[None] for name, e in judged.items()}
+    evaluation["elbo"] = evaluation["cvae_negative_elbo"]
+    if likelihood.pareto_k is not None:
+        evaluation["pareto_k"] = likelihood.pareto_k[None]
     tree = to_datatree(
         fits["cvae"],
-        log_likelihood={name: -e.pointwise[None, None] for name, e in judged.items()},
-        dims={name: ["datum"] for name in judged},
+        log_likelihood={"x": -likelihood.pointwise[None, None]},
+        evaluation=evaluation,
+        dims={"x": ["datum"]},
     )
     for name in ("nn", "gsnn"):
         tree[name] = to_datatree(fits[name])
-    tree.attrs |= {name: result[name] for name in ("experiment", "dataset", "quadrants")}
+    tree.attrs |= trace_attributes(
+        result["experiment"], result["config"], result["dataset"], test
+    ) | {"num_samples": likelihood.num_samples}
     tree.to_netcdf(path, engine="h5netcdf")
 
 

@@ -50,7 +50,7 @@ def check_same_data(trees: Trees) -> None:
                 if attribute not in tree.attrs:
                     raise ValueError(
                         f"runs: expected the attribute {attribute!r} in every run's trace.nc, and "
-                        f"{run} has none; run it again with this version"
+                        f"{run} has none; compare runs of one model each, written by this version"
                     )
         pairs = {"data set": (a.attrs["dataset"], b.attrs["dataset"])}
         ours, theirs = json.loads(a.attrs["data"]), json.loads(b.attrs["data"])

@@ -151,15 +151,3 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(runs, tmp_path):
     shutil.copytree(runs / "wide", tmp_path / "wide")
     trees = compare.read((runs / "wide", tmp_path / "wide"))
     assert list(trees) == [str(runs / "wide"), str(tmp_path / "wide")]
-
-
-def test_settings_come_from_config_json_where_the_trace_has_none(runs, tmp_path):
-    shutil.copytree(runs / "few", tmp_path / "few")
-    (tmp_path / "few" / "trace.nc").unlink()
-    with az.from_netcdf(runs / "few" / "trace.nc") as tree:
-        tree = tree.load()
-    settings = json.loads(tree.attrs.pop("settings"))
-    assert settings == json.loads((runs / "few" / "config.json").read_text())
-    tree.to_netcdf(tmp_path / "few" / "trace.nc", engine="h5netcdf")
-    (tree,) = compare.read((tmp_path / "few",)).values()
-    assert json.loads(tree.attrs["settings"]) == settings

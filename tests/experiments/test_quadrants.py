@@ -1,6 +1,7 @@
 """The script of the quadrants, run for real on small settings: what it writes, prints, refuses."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import arviz as az
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from numpyro import handlers
 
-from experiments import mnist_quadrants, pictures
+from experiments import compare, mnist_quadrants, pictures
 from experiments.mnist_quadrants import PUBLISHED, ROWS, Config, main, table, train
 from models import guides, structured
 
@@ -51,10 +52,13 @@ def test_the_trace_holds_rows_and_fits_and_the_baseline_is_frozen(finished):
     result, out = finished
     tree = az.from_netcdf(out / "trace.nc")
     for name in ROWS:
-        pointwise = tree.log_likelihood[name].values
-        assert pointwise.shape == (1, 1, 40)
+        pointwise = tree.evaluation[name].values
+        assert pointwise.shape == (1, 40)
         estimate = result["rows"][name]["test"]["estimate"]
         assert -pointwise.mean() == pytest.approx(estimate, rel=1e-5)
+    np.testing.assert_array_equal(
+        tree.log_likelihood.x.values[:, 0], tree.evaluation.cvae_importance_sampling.values
+    )
     baseline = [name for name in tree["nn"].posterior if name.startswith("baseline.")]
     assert len(baseline) == 6
     for fitted in (tree, tree["gsnn"]):
@@ -64,6 +68,18 @@ def test_the_trace_holds_rows_and_fits_and_the_baseline_is_frozen(finished):
     assert any(name.startswith("encoder.") for name in tree.posterior)
     assert not any(name.startswith("encoder.") for name in tree["gsnn"].posterior)
     assert tree["gsnn"].validation_stats.elbo.shape[1] <= 4  # every three of twelve steps
+
+
+def test_runs_of_the_quadrants_compare_their_importance_sampled_rows(finished, tmp_path, capsys):
+    result, out = finished
+    shutil.copytree(out, tmp_path / "copy")
+    compared = compare.main(compare.Config((out, tmp_path / "copy")))
+    row = result["rows"]["cvae_importance_sampling"]["test"]
+    for values in compared["runs"].values():
+        assert values["log_likelihood"] == pytest.approx(-row["estimate"], rel=1e-6)
+        assert values["log_likelihood_se"] == pytest.approx(row["standard_error"], rel=1e-5)
+        assert values["difference"] == 0
+    assert "the settings are the same" in capsys.readouterr().out
 
 
 def test_the_same_command_prints_the_result_again(finished, capsys):
