@@ -379,7 +379,9 @@ def summarize(
             if (arrays := getattr(dataset, split)) is not None
         },
         "num_parameters": sum(p.size for p in jax.tree.leaves(fits["cvae"].params)),
-        "rows": {name: {split: row(rows[name]) for split, rows in judged.items()} for name in ROWS},
+        "rows": {
+            name: {split: entry(rows[name]) for split, rows in judged.items()} for name in ROWS
+        },
         "num_steps": {name: fitted.info["num_steps"][0] for name, fitted in fits.items()},
         "seconds": {part: sum(i["seconds"][part] for i in info) for part in ("compile", "run")},
         "device": info[0]["device"],
@@ -387,7 +389,7 @@ def summarize(
     }
 
 
-def row(e: Estimate) -> dict[str, Any]:
+def entry(e: Estimate) -> dict[str, Any]:
     """One number of the table, and for how large a share of images its samples are too few."""
     high = e.high_pareto_k
     return estimate([e]) | {"high_pareto_k": None if high is None else high.estimate}
