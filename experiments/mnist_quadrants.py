@@ -254,7 +254,7 @@ def _labels(params: Mapping[str, Any]) -> dict[str, str]:
 def judge(
     config: Config, model: structured.Model, fits: Mapping[str, Fit], data: Mapping[str, Any]
 ) -> dict[str, Estimate]:
-    """The rows of the table, pointwise: nats per image, above zero."""
+    """The rows of the table, pointwise: log p(x | c), or the ELBO, in nats per image."""
     params = {name: pictures.of_seed(fitted.params, 0) for name, fitted in fits.items()}
     prior, recognition = guides.prior(model), guides.mean_field(model)
     empty = guides.prior(model.baseline)
@@ -262,7 +262,7 @@ def judge(
     common: dict[str, Any] = {"key": key, "progress": config.progress}
     many: dict[str, Any] = common | {"num_samples": config.num_samples}
     elbo = elbo_terms(model, recognition, params["cvae"], data, num_samples=10, **common).elbo
-    judged = {
+    return {
         "nn": log_likelihood(model.baseline, empty, params["nn"], data, num_samples=1, **common),
         "gsnn_monte_carlo": log_likelihood(model, prior, params["gsnn"], data, **many),
         "cvae_monte_carlo": log_likelihood(model, prior, params["cvae"], data, **many),
@@ -271,7 +271,6 @@ def judge(
         ),
         "cvae_negative_elbo": elbo,
     }
-    return {name: replace(e, pointwise=-e.pointwise) for name, e in judged.items()}
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -390,9 +389,12 @@ def summarize(
 
 
 def entry(e: Estimate) -> dict[str, Any]:
-    """One number of the table, and for how large a share of images its samples are too few."""
+    """One number of the table, whose sign is the other one, and for how large a share of images
+    its samples are too few."""
     high = e.high_pareto_k
-    return estimate([e]) | {"high_pareto_k": None if high is None else high.estimate}
+    return estimate([replace(e, pointwise=-e.pointwise)]) | {
+        "high_pareto_k": None if high is None else high.estimate
+    }
 
 
 def write_trace(
@@ -405,13 +407,13 @@ def write_trace(
     """The CVAE's fit and its log-likelihood of each test image, for ArviZ; every row of the table
     by image; the other two fits in groups of their own."""
     likelihood = judged["cvae_importance_sampling"]
-    evaluation = {name: -e.pointwise[None] for name, e in judged.items()}
+    evaluation = {name: e.pointwise[None] for name, e in judged.items()}
     evaluation["elbo"] = evaluation["cvae_negative_elbo"]
     if likelihood.pareto_k is not None:
         evaluation["pareto_k"] = likelihood.pareto_k[None]
     tree = to_datatree(
         fits["cvae"],
-        log_likelihood={"x": -likelihood.pointwise[None, None]},
+        log_likelihood={"x": likelihood.pointwise[None, None]},
         evaluation=evaluation,
         dims={"x": ["datum"]},
     )

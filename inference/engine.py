@@ -1,7 +1,7 @@
 """The one engine: ``fit`` trains any NumPyro model and guide by stochastic variational inference.
 
 One compiled loop runs many steps: shuffle, gather, preprocess, update, all on the device
-(``inference.loop``). The host looks in about twice a second, to move the progress bar, to
+(``inference.loop``). The host looks in every two seconds, to move the progress bar, to
 see whether a loss was not finite, and to write a checkpoint. When it looks changes no bit of the
 result, because a step depends on its number and the state before it alone: every key is folded
 from (seed, step), and an epoch's order is a function of (seed, epoch).

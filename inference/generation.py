@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import random
 from jaxtyping import Array, Float, Num
-from numpyro.handlers import condition, seed, substitute, trace
+from numpyro.handlers import condition
 
 from inference.checks import check_data, check_values
 from inference.evaluation import mean
+from inference.sites import trace_of
 
 Program = Callable[..., Any]
 Params = Mapping[str, Any]
@@ -158,12 +159,12 @@ def _repeat(c: Any, times: int) -> Array | None:
 def _run(program: Program, params: Params, key: Array, datum: Mapping[str, Array]) -> Any:
     """The sites of the program at one datum, each with a data axis of length 1."""
     data = {name: array[None] for name, array in datum.items()}
-    return trace(seed(substitute(program, dict(params)), key)).get_trace(**data)
+    return trace_of(program, key, params, **data)
 
 
 @partial(jax.jit, static_argnames=("guide", "means"))
 def _encode(guide: Program, params: Any, data: dict[str, Array], key: Array, means: bool) -> Array:
-    z = trace(seed(substitute(guide, params), key)).get_trace(**data)["z"]
+    z = trace_of(guide, key, params, **data)["z"]
     return mean(z["fn"], key) if means else z["value"]
 
 
