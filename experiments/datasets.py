@@ -1,65 +1,93 @@
-"""The images that experiments train on: MNIST, SVHN, scikit-learn's digits, or a user's own file.
+"""Images to train on: MNIST, SVHN, scikit-learn's digits, or a user's own .npy or .npz file.
 
-Files and mirrors are not trusted. What a header promises is compared with what there can be before
-memory is taken, gzip and zip are read in pieces to their ends, where their sums are checked, and
-MNIST's and SVHN's files must have the one right SHA-256. What is not right is a ``DatasetError``
-that names the file.
+No file and no mirror is trusted. MNIST's and SVHN's files must have the right SHA-256. No pickle
+is loaded, and no header is given more memory than the file fills. A bad file is a ``DatasetError``.
 """
 
 import contextlib
-import functools
 import gzip
 import hashlib
 import io
-import itertools
 import math
-import operator
 import os
-import struct
 import sys
-import textwrap
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pooch
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float32, Int32, Shaped, UInt8
 
 MIRRORS = {
     "mnist": (
-        "https://storage.googleapis.com/cvdf-datasets/mnist/",
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/{}.gz",
+        "https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
     ),
-    "svhn": ("http://ufldl.stanford.edu/housenumbers/",),
+    "svhn": ("http://ufldl.stanford.edu/housenumbers/{}",),
 }
-MNIST = {  # the SHA-256 of each file's content, not compressed
+MNIST = {  # the SHA-256 of each file, not compressed
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-SVHN = {  # the SHA-256 of each file
+SVHN = {
     "train_32x32.mat": "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
     "test_32x32.mat": "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
 }
-OWN_NAMES = ("x", "c", "x_test", "c_test", "x_validation", "c_validation")
-GET_FILES = (
-    "go online once, or give the directory of its files with --data-dir or in the environment "
-    "variable GUIDEBOOK_DATA"
-)
-TIMEOUT = (5, 30)  # seconds, to connect and between two pieces
+SOURCES = {"mnist": MNIST, "svhn": SVHN}  # first the training set's files, then as many for testing
+MAX_BYTES = 2**28  # none of these files is larger
+HALF_OF_MEMORY = 2**32
+if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # not every system tells
+    HALF_OF_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+TIMEOUT = (5, 30)  # seconds to connect, and seconds between two pieces
+ENDS = ("", "_test", "_validation")
 ANEW = "get the file anew, or from another source"
+NOTICE = """{0}
+!!  NOT MNIST! The data are scikit-learn's digits instead: 1,797 images of 8 x 8 pixels.
+!!  --dataset mnist makes this an error. Why: {1}
+{0}"""
+
+Arrays = dict[str, np.ndarray]
+Images = UInt8[np.ndarray, "N H W *C"] | Float32[np.ndarray, "N H W *C"]
 
 
 class DatasetError(ValueError):
-    """Data that cannot be had, or that are not what they should be."""
+    """The data cannot be had, or they are not what they should be."""
+
+
+class _NotToBeHadError(DatasetError):
+    """The files are not there, and no mirror gives them."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a model needs to know of a data set. It can be kept as JSON.
+
+    Attributes:
+        name: the data set's name.
+        x_shape: the shape of one image.
+        num_classes: one more than the largest label; None without labels.
+        num_data: how many training images there are.
+    """
+
+    name: str
+    x_shape: tuple[int, ...]
+    num_classes: int | None
+    num_data: int
+
+    def __init__(
+        self, name: str, x_shape: Sequence[int], num_classes: int | None, num_data: int
+    ) -> None:
+        x_shape = tuple(x_shape)  # JSON gives a list
+        vars(self).update(name=name, x_shape=x_shape, num_classes=num_classes, num_data=num_data)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images ``x`` and, where there are any, their labels ``c``.
+    """Images ``x`` and, if there are any, their labels ``c``.
 
     Attributes:
         name: mnist, svhn, digits or the file's name.
@@ -70,15 +98,20 @@ class Dataset:
     """
 
     name: str
-    train: dict[str, np.ndarray]
-    validation: dict[str, np.ndarray] | None
-    test: dict[str, np.ndarray]
+    train: Arrays
+    validation: Arrays | None
+    test: Arrays
     num_classes: int | None
 
     @property
     def x_shape(self) -> tuple[int, ...]:
         """The shape of one image, (H, W) or (H, W, C)."""
         return self.train["x"].shape[1:]
+
+    @property
+    def record(self) -> Record:
+        """What a model needs to know of the data, without the data."""
+        return Record(self.name, self.x_shape, self.num_classes, len(self.train["x"]))
 
 
 def load(
@@ -88,7 +121,7 @@ def load(
     num_validation: int | None = None,
     progress: bool = True,
 ) -> Dataset:
-    """Loads a data set, split the same way every time.
+    """Loads a data set. It is split the same way every time.
 
     Args:
         name: ``mnist``; ``svhn``, the Street View House Numbers of Netzer et al. 2011, cropped to
@@ -96,513 +129,262 @@ def load(
             ``auto``, MNIST if it can be had, else the digits and a notice on standard error; or
             the path of an .npy or .npz file. An .npy file holds images, (N, H, W) or (N, H, W, C),
             as uint8, bool or floats in [0, 1]. An .npz file holds them as ``x`` (or ``x_train``),
-            may hold labels, integers (N,), as ``c`` (or ``c_train``), and may have ``x_test``,
-            ``c_test``, ``x_validation`` and ``c_validation``; a sixth of ``x`` is the test set if
-            it has none.
-        data_dir: where MNIST's four files are, compressed or not, or SVHN's two: in it or in its
-            subdirectory mnist or svhn. By default they come from the directory that the
-            environment variable GUIDEBOOK_DATA names, the user's cache or the network, whichever
-            has them first.
-        num_validation: how many training images to hold out: by default the last 10,000 of MNIST
+            and perhaps labels, integers (N,), as ``c`` (or ``c_train``), and ``x_test``,
+            ``c_test``, ``x_validation``, ``c_validation``. Without ``x_test``, a sixth of ``x`` is
+            the test set.
+        data_dir: the directory of MNIST's four files or SVHN's two, compressed by gzip or not.
+            They may lie in its subdirectory mnist or svhn. By default they come from the directory
+            in the environment variable GUIDEBOOK_DATA, the user's cache or the network.
+        num_validation: how many training images to hold out. By default the last 10,000 of MNIST
             or SVHN, 300 of the digits, a tenth of a file's. The test set does not depend on it.
-        progress: whether to show a download if there is a terminal.
+        progress: whether to show a download on a terminal.
 
     Raises:
-        DatasetError: the data cannot be had, or are not what they should be.
+        DatasetError: the data cannot be had, or they are not what they should be.
         ValueError: there is no such data set, or ``num_validation`` does not fit it.
     """
-    if num_validation is not None and num_validation < 0:
-        raise ValueError(f"num_validation: expected at least 0, got {num_validation}")
     if name in ("auto", *SOURCES):
+        source = "mnist" if name == "auto" else name
         try:
-            source = "mnist" if name == "auto" else name
-            return _from_source(source, data_dir, num_validation, progress)
+            arrays = _from_source(source, data_dir, progress)
+            return _dataset(source, source, arrays, num_validation, 0, 10_000)
         except _NotToBeHadError as error:
             if name != "auto":
                 raise
-            print(_notice(error), file=sys.stderr, flush=True)
+            print(NOTICE.format("!" * 80, error), file=sys.stderr, flush=True)
     if name in ("auto", "digits"):
-        return _digits(num_validation)
-    if Path(name).suffix in (".npy", ".npz"):
-        return _own(Path(name).expanduser(), num_validation)
-    raise ValueError(
-        f"name: expected auto, {', '.join(SOURCES)}, digits or the path of an .npy or .npz file, "
-        f"got {name!r}"
-    )
+        from sklearn.datasets import load_digits  # takes a second
 
-
-def read_idx(
-    path: str | Path,
-    *,
-    num_axes: int | None = None,
-    sha256: str | None = None,
-    max_bytes: int | None = None,
-) -> UInt8[np.ndarray, "..."]:
-    """Reads an IDX file of unsigned bytes, the format of MNIST's files.
-
-    IDX is two zeros, a type (8: unsigned byte), the number of axes (these four bytes are called
-    the magic number), each axis's length in four bytes with the highest first, and the array.
-
-    Args:
-        path: the file. Whether gzip has compressed it is seen in its content, not in its name.
-        num_axes: how many axes to expect, 1 for labels and 3 for images; any by default.
-        sha256: what SHA-256 the content, not compressed, must have.
-        max_bytes: how large the content may be; half of the machine's memory by default.
-
-    Raises:
-        DatasetError: there is no such file, or it is not what it should be.
-    """
-    expected = f"an IDX file{_idx_kind(num_axes)}"
-    with _open(Path(path), expected) as (stream, length):
-        read = stream.read
-        if stream.peek(2)[:2] == b"\x1f\x8b":
-            read, length = gzip.GzipFile(fileobj=stream).read, 1032 * length  # deflate's best
-        magic = read(4)
-        if magic not in (b"\0\0\x08\1", b"\0\0\x08\2", b"\0\0\x08\3"):
-            raise _error(path, expected, _got(magic, f"one that begins with {magic!r}"))
-        if num_axes not in (None, magic[3]):
-            raise _error(path, expected, f"one{_idx_kind(magic[3])}")
-        lengths = read(4 * magic[3])
-        if len(lengths) < 4 * magic[3]:
-            raise _error(path, expected, "one that ends in its header")
-        shape = struct.unpack(f">{magic[3]}I", lengths)
-        if 0 in shape:
-            raise _error(path, expected, f"one of shape {shape}")
-        start = 4 + len(lengths)
-        content = _complete(
-            path, magic + lengths, read, start + math.prod(shape), length, max_bytes
-        )
-    if sha256 is not None:
-        _require_sum(path, content, sha256)
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-# --- the data sets --------------------------------------------------------------------------------
-
-
-def _from_source(
-    name: str, data_dir: str | Path | None, num_validation: int | None, progress: bool
-) -> Dataset:
-    source = SOURCES[name]
-    directory = os.environ.get("GUIDEBOOK_DATA") if data_dir is None else data_dir
-    paths = _find(name, Path(directory).expanduser()) if directory else {}
-    missing = [file for file in source.sha256 if file not in paths]
-    if missing and data_dir is not None:
-        raise _error(
-            "data_dir",
-            f"{source.files} in {data_dir} or its subdirectory {name}",
-            f"no {', no '.join(missing)}",
-            "give the directory that holds them",
-        )
-    mirrors: list[str] = [*MIRRORS[name]]
-    arrays = {file: source.read(file, source.sha256[file], path) for file, path in paths.items()}
-    arrays |= {file: _fetch(name, file, mirrors, progress) for file in missing}
-    parts = itertools.batched((arrays[file] for file in source.sha256), len(source.sha256) // 2)
-    data, test = (functools.reduce(operator.or_, part) for part in parts)
-    num_images = len(data["x"])
-    cut = num_images - _held_out(10_000 if num_validation is None else num_validation, num_images)
-    train = {key: value[:cut] for key, value in data.items()}
-    validation = {key: value[cut:] for key, value in data.items()}
-    return _dataset(name, train, validation, test)
-
-
-def _digits(num_validation: int | None) -> Dataset:
-    from sklearn.datasets import load_digits  # takes a second
-
-    digits = load_digits()
-    x = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    held_out = _held_out(300 if num_validation is None else num_validation, len(x) - 300)
-    return _dataset("digits", *_split({"x": x, "c": digits.target.astype(np.int32)}, 300, held_out))
-
-
-def _own(path: Path, num_validation: int | None) -> Dataset:
-    with _open(path, f"an {path.suffix} file") as (stream, length):
-        if path.suffix == ".npy":
-            arrays = {"x": _read_npy(f"{path}: x", stream.read, length)}
-        else:
-            arrays = _read_npz(path, stream)
-    train = _part(path, arrays, "")
-    validation = _part(path, arrays, "_validation")
-    test = _part(path, arrays, "_test")
-    for end, part in (("_validation", validation), ("_test", test)):
-        if part and _kind(part) != _kind(train):
-            what = f"{path}: x{end}"
-            raise _error(what, f"{_kind(train)}, like x", _kind(part), "save them alike")
-    if validation and num_validation is not None:
-        raise ValueError(
-            f"num_validation: expected none, as {path} has x_validation, got {num_validation}; "
-            f"leave one of the two out"
-        )
-    num_images = len(train["x"])
-    needed = 1 + (not test) + (not validation and num_validation != 0)
-    if num_images < needed:
-        raise _error(
-            f"{path}: x", f"at least {needed} images to split", f"{num_images}", "give more"
-        )
-    num_test = 0 if test else max(1, num_images // 6)
-    if num_validation is None:
-        num_validation = 0 if validation else max(1, (num_images - num_test) // 10)
-    held_out = _held_out(num_validation, num_images - num_test)
-    train, drawn_validation, drawn_test = _split(train, num_test, held_out)
-    return _dataset(path.name, train, validation or drawn_validation, test or drawn_test)
-
-
-def _held_out(num_validation: int, num_images: int) -> int:
-    if num_validation >= num_images:
-        raise ValueError(
-            f"num_validation: expected 0 to {num_images - 1}, fewer than there are images to "
-            f"train on, got {num_validation}"
-        )
-    return num_validation
-
-
-def _split(
-    data: dict[str, np.ndarray], num_test: int, num_validation: int
-) -> tuple[dict[str, np.ndarray], ...]:
-    """Training, validation and test set, each in the order of ``data``. The test is drawn first."""
-    order = np.random.default_rng(0).permutation(len(data["x"]))
-    test, validation, train = np.split(order, (num_test, num_test + num_validation))
-    parts = (np.sort(part) for part in (train, validation, test))
-    return tuple({key: value[part] for key, value in data.items()} for part in parts)
+        digits = load_digits()
+        x = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        return _dataset("digits", "digits", {"x": x, "c": digits.target}, num_validation, 300, 300)
+    path = Path(name).expanduser()
+    if path.suffix in (".npy", ".npz"):
+        return _dataset(path.name, path, _from_own(path), num_validation)
+    expected = f"auto, {', '.join(SOURCES)}, digits or the path of an .npy or .npz file"
+    raise ValueError(f"name: expected {expected}, got {name!r}")
 
 
 def _dataset(
-    name: str,
-    train: dict[str, np.ndarray],
-    validation: dict[str, np.ndarray],
-    test: dict[str, np.ndarray],
+    name: str, what: object, arrays: Arrays, num_validation: int | None, *sizes: int
 ) -> Dataset:
-    parts = [part for part in (train, validation, test) if len(part["x"])]
-    num_classes = 1 + max(int(part["c"].max()) for part in parts) if "c" in train else None
-    return Dataset(name, train, validation if len(validation["x"]) else None, test, num_classes)
+    """Checks the arrays, and draws a test and a validation set unless they are given.
 
-
-def _notice(error: DatasetError) -> str:
-    reason, _, remedy = str(error).rpartition("; ")
-    paragraphs = (
-        "NOT MNIST! The data are scikit-learn's digits instead: 1,797 images of 8 x 8 pixels.",
-        f"Why: {reason}.",
-        f"For MNIST, {remedy}. --dataset mnist makes this an error.",
-    )
-    wrapper = textwrap.TextWrapper(76, break_long_words=False, break_on_hyphens=False)
-    lines = "\n\n".join(map(wrapper.fill, paragraphs)).splitlines()
-    frame = "!" * 80
-    return "\n".join([frame, *(f"!!  {line}" for line in lines), frame])
-
-
-# --- files from mirrors ---------------------------------------------------------------------------
-
-
-class _NotToBeHadError(DatasetError):
-    """The files are not there and cannot be downloaded."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set whose files are in ``MIRRORS``.
-
-    Attributes:
-        files: the files in words, for a message.
-        sha256: what each file's content must have, not compressed by gzip, by the file's name:
-            the training set's files, then as many of the test set's.
-        end: what the mirrors put behind a file's name, and a user may.
-        read: makes ``x``, ``c`` or both of a file, given its name, its SHA-256 and its path.
+    ``sizes`` are their sizes. By default, they are a sixth of the data and a tenth of the rest.
     """
+    parts, kinds = [], []
+    for end in ENDS:
+        x, c = arrays.get(f"x{end}"), arrays.get(f"c{end}")
+        part = {} if x is None else {"x": _images(x, f"{what}: x{end}")}
+        if c is not None:
+            part["c"] = _labels(c, f"{what}: c{end}", len(part["x"]))
+        parts.append(part)
+        kinds.append(", ".join(f"each {k} {v.dtype} {v.shape[1:]}" for k, v in part.items()))
+        like = f"{kinds[0]}, as in the training set"
+        _require(kinds[-1] in ("", kinds[0]), f"{what}: x{end}", like, kinds[-1], "save both alike")
+    train, test, validation = parts
+    if validation and num_validation is not None:
+        expected = "expected none, as there is x_validation"
+        raise ValueError(f"num_validation: {expected}, got {num_validation}; leave one out")
+    num_data = len(train["x"])
+    num_test = sizes[0] if sizes else 0 if test else max(1, num_data // 6)
+    most = num_data - num_test - 1
+    if num_validation is None:
+        num_validation = sizes[1] if sizes else 0 if validation else max(1, (most + 1) // 10)
+    least = f"at least {1 + (num_test > 0) + (num_validation > 0)} images to split"
+    _require(most >= (num_validation > 0), f"{what}: x", least, f"{num_data}", "give more")
+    if not 0 <= num_validation <= most:
+        expected = f"0 to {most}, fewer than there are images to train on"
+        raise ValueError(f"num_validation: expected {expected}, got {num_validation}")
+    order = np.arange(num_data)[::-1]  # MNIST's and SVHN's last images are held out
+    if name not in SOURCES:
+        order = np.random.default_rng(0).permutation(num_data)
+    drawn = [
+        {key: value[np.sort(part)] for key, value in train.items()} if len(part) else {}
+        for part in np.split(order, (num_test, num_test + num_validation))
+    ]
+    test, validation, train = test or drawn[0], validation or drawn[1], drawn[2]
+    largest = [int(part["c"].max()) for part in (train, validation, test) if "c" in part]
+    return Dataset(name, train, validation or None, test, 1 + max(largest) if largest else None)
 
-    files: str
-    sha256: dict[str, str]
-    end: str
-    read: Callable[[str, str, str | Path], dict[str, np.ndarray]]
+
+def _from_source(name: str, data_dir: str | Path | None, progress: bool) -> Arrays:
+    arrays, mirrors, paths = {}, [*MIRRORS[name]], {}
+    if directory := os.environ.get("GUIDEBOOK_DATA") if data_dir is None else str(data_dir):
+        place = Path(directory).expanduser()
+        paths = {  # a later one wins
+            file: path
+            for file in SOURCES[name]
+            for folder in (place / name, place)
+            for stem in (file.replace("-idx", ".idx"), file)
+            for end in (".gz", "")
+            if os.path.lexists(path := folder / f"{stem}{end}")
+        }
+    if data_dir is not None:
+        expected = f"{name}'s files (.gz or not, -idx or .idx) in {data_dir} or its folder {name}"
+        missing = ", ".join(f"no {file}" for file in SOURCES[name] if file not in paths)
+        _require(not missing, "data_dir", expected, missing, "give the directory that holds them")
+    for file, sha256 in SOURCES[name].items():
+        path = paths.get(file) or _fetch(name, file, mirrors, progress)
+        content = _read(path, path, file, MAX_BYTES, sha256)
+        end = "" if file.startswith("train") else "_test"
+        with _refusing(path, f"the arrays of {name}"):
+            if name == "svhn":
+                arrays[f"x{end}"], arrays[f"c{end}"] = _read_mat(content)
+            else:  # IDX: the fourth byte is the number of axes; the shape and the array follow
+                shape = np.frombuffer(content, ">u4", content[3], offset=4)
+                array = np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+                arrays[f"{'c' if array.ndim == 1 else 'x'}{end}"] = array
+    return arrays
 
 
-def _read_mnist(file: str, sha256: str, path: str | Path) -> dict[str, np.ndarray]:
-    is_x = "images" in file
-    array = read_idx(path, num_axes=3 if is_x else 1, sha256=sha256, max_bytes=2**26)
-    return {"x": array} if is_x else {"c": array.astype(np.int32)}
-
-
-def _read_svhn(_: str, sha256: str, path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a MATLAB file of images X, (32, 32, 3, N), and labels y, (N, 1), where 10 is digit 0.
-
-    SciPy's reader is not made for what a stranger may have written. Nothing of the kind gets to
-    it: it is given bytes in memory, after they have been found to have the right SHA-256.
-    """
+def _read_mat(content: bytes) -> tuple[UInt8[np.ndarray, "N 32 32 3"], Int32[np.ndarray, " N"]]:
+    """Reads an SVHN file: images X, (32, 32, 3, N), and labels y, (N, 1). Label 10 is digit 0."""
     from scipy.io import loadmat  # takes a moment
 
-    with _open(Path(path), "a MATLAB file") as (stream, length):
-        _require_memory(path, length, 2**28)
-        content = stream.read(length)
-        _require_sum(path, content, sha256)
-        arrays = loadmat(io.BytesIO(content))
-        if not arrays.keys() >= {"X", "y"}:
-            names = [name for name in arrays if not name.startswith("__")]
-            raise _error(path, "arrays X and y", ", ".join(names) or "nothing")
-        x, y = arrays["X"], arrays["y"]
-        if x.dtype != np.uint8 or x.shape[:-1] != (32, 32, 3):
-            raise _error(f"{path}: X", "uint8 (32, 32, 3, N)", f"{x.dtype} {x.shape}")
-        if y.dtype.kind not in "iuf" or y.shape != (x.shape[-1], 1):
-            raise _error(f"{path}: y", f"numbers ({x.shape[-1]}, 1)", f"{y.dtype} {y.shape}")
-        if not np.isin(y, range(1, 11)).all():
-            raise _error(f"{path}: y", "labels 1, 2, ..., 10", f"{y.min()} to {y.max()}")
-        x = np.ascontiguousarray(x.transpose(3, 0, 1, 2))
-        return {"x": x, "c": (y[:, 0] % 10).astype(np.int32)}
+    arrays = loadmat(io.BytesIO(content))
+    x, y = arrays["X"], arrays["y"]
+    is_right = x.dtype == np.uint8 and x.shape == (32, 32, 3, len(y)) and y.shape == (len(y), 1)
+    if not (is_right and np.isin(y, range(1, 11)).all()):
+        got = f"{x.dtype} {x.shape} and {y.dtype} {y.shape} of {np.unique(y)}"
+        raise ValueError(f"X and y: expected uint8 (32, 32, 3, N) and (N, 1) of 1 to 10, got {got}")
+    return np.moveaxis(x, 3, 0), (y[:, 0] % 10).astype(np.int32)
 
 
-SOURCES = {
-    "mnist": Source(
-        "MNIST's four files, with or without .gz, with -idx or .idx,",
-        MNIST,
-        ".gz",
-        _read_mnist,
-    ),
-    "svhn": Source("SVHN's train_32x32.mat and test_32x32.mat", SVHN, "", _read_svhn),
-}
+def _fetch(name: str, file: str, mirrors: list[str], progress: bool) -> Path:
+    """Gives a file's path in the user's cache, and downloads the file if it is missing or bad.
 
-
-def _find(name: str, directory: Path) -> dict[str, Path]:
-    """Those of a source's files that are in a directory, whatever is in them."""
-    found, source = {}, SOURCES[name]
-    places, ends = (directory, directory / name), ("", source.end)
-    for file, place, mark, end in itertools.product(source.sha256, places, "-.", ends):
-        path = place / f"{file.replace('-idx', f'{mark}idx')}{end}"
-        if file not in found and os.path.lexists(path):
-            found[file] = path
-    return found
-
-
-def _fetch(name: str, file: str, mirrors: list[str], progress: bool) -> dict[str, np.ndarray]:
-    """What one of a source's files holds, from the user's cache; downloaded if missing or bad.
-
-    A mirror that fails goes to the end of ``mirrors``, so that the next file tries it last.
+    A mirror that fails goes to the end of ``mirrors``. The next file tries it last.
     """
-    source, failures = SOURCES[name], []
-    read = functools.partial(source.read, file, source.sha256[file])
-    path = pooch.os_cache("guidebook") / name / f"{file}{source.end}"
-    if os.path.lexists(path):
-        try:
-            return read(path)
-        except DatasetError as error:
-            failures.append(f"{error} (it has been removed)")
-            _remove(path)
+    sha256, path, failures = SOURCES[name][file], pooch.os_cache("guidebook") / name / file, []
 
     def download(url: str, output_file: str, _: object) -> None:
         show = progress and sys.stderr.isatty()
         client = pooch.HTTPDownloader(progressbar=show, chunk_size=2**16, timeout=TIMEOUT)
         client(url, output_file, None)
-        try:
-            read(output_file)
-        except DatasetError as error:
-            raise ValueError(str(error).replace(output_file, url)) from error
+        Path(output_file).write_bytes(_read(output_file, url, file, MAX_BYTES, sha256))
 
     pooch.get_logger().setLevel("WARNING")
-    for mirror in tuple(mirrors):
-        url = f"{mirror}{path.name}"
-        try:  # no hash for pooch, as the content's is checked in ``download``
-            pooch.retrieve(url, None, path.name, path.parent, downloader=download)
-            return read(path)
+    for _ in MIRRORS[name]:
+        url = mirrors[0].format(file)
+        try:
+            pooch.retrieve(url, sha256, file, path.parent, downloader=download)
+            return path
         except (ValueError, OSError) as error:
-            failures.append(_reason(error, url))
-            mirrors.remove(mirror)
-            mirrors.append(mirror)
-    directory = os.environ.get("GUIDEBOOK_DATA")
-    places = f"{directory} (GUIDEBOOK_DATA), in {path.parent}" if directory else path.parent
-    expected = f"{file} in {places} or from a mirror"
-    raise _error(name, expected, "; ".join(failures), GET_FILES, _NotToBeHadError)
+            is_wrapped = isinstance(error, OSError)  # requests wraps a failed connection
+            while is_wrapped and error.__context__ is not None:
+                error = error.__context__
+            failures.append(str(error) if url in str(error) else f"{url}: {error}")
+            mirrors.append(mirrors.pop(0))
+    if os.path.lexists(path):
+        failures.insert(0, f"a bad {path} (remove it)")
+    raise _NotToBeHadError(
+        f"{name}: expected {file} in {path.parent} or from a mirror, got {'; '.join(failures)}; "
+        f"go online once, or give the directory of its files with --data-dir or in the environment "
+        f"variable GUIDEBOOK_DATA (now {os.environ.get('GUIDEBOOK_DATA', 'not set')})"
+    )
 
 
-def _remove(path: Path) -> None:
-    try:
-        path.unlink()
-    except OSError as error:
-        got = f"a bad one that cannot be removed ({error.strerror})"
-        raise _error(path, "the right file", got, "remove it", _NotToBeHadError) from error
-
-
-def _reason(error: BaseException, url: str) -> str:
-    """What went wrong. requests wraps a failed connection several times; its core is short."""
-    cause = error
-    while isinstance(error, OSError) and cause.__context__ is not None:
-        cause = cause.__context__
-    return str(cause) if url in str(cause) else f"{url}: {cause}"
-
-
-# --- the user's own files -------------------------------------------------------------------------
-
-
-def _read_npz(path: Path, stream: io.BufferedReader) -> dict[str, np.ndarray]:
-    arrays = {}
-    with zipfile.ZipFile(stream) as archive:
+def _from_own(path: Path) -> Arrays:
+    content = _read(path, path, f"an {path.suffix} file", HALF_OF_MEMORY)
+    if path.suffix == ".npy":
+        return {"x": _array(content, f"{path}: x")}
+    with _refusing(path, "an .npz file"):
+        archive = zipfile.ZipFile(io.BytesIO(content))
         infos = archive.infolist()
         members = [info.filename.removesuffix(".npy") for info in infos]
-        names = [{"x_train": "x", "c_train": "c"}.get(member, member) for member in members]
-        if "x" not in names or len(set(names)) < len(names) or not set(names) <= set(OWN_NAMES):
-            expected = f"images x or x_train, and perhaps {', '.join(OWN_NAMES[1:])}"
-            got = ", ".join(members) or "nothing"
-            raise _error(path, expected, got, "save the arrays under these names")
-        stream.seek(-12 - len(archive.comment), os.SEEK_END)
-        if (count := int.from_bytes(stream.read(2), "little")) != len(infos):  # zipfile looks away
-            raise _error(path, f"{count} arrays, as its end says", f"{len(infos)}")
-        _require_memory(path, sum(info.file_size for info in infos), None)
-        for name, info in zip(names, infos, strict=True):
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                got = f"compression {info.compress_type}"  # which may unpack without bounds
-                raise _error(path, "what numpy.savez_compressed writes", got, "use that")
-            with archive.open(info) as member:
-                arrays[name] = _read_npy(f"{path}: {name}", member.read, info.file_size)
-    return arrays
+        names = [member.removesuffix("_train") for member in members]
+        allowed = [f"{key}{end}" for end in ENDS for key in "xc"]
+        needed = {"x", *(name.replace("c", "x") for name in names)}
+        is_right = len({*names}) == len(names) and needed <= {*names} <= {*allowed}
+        expected = f"images x or x_train, and perhaps {', '.join(allowed[1:])}"
+        remedy = "save the arrays under these names, and no labels without their images"
+        _require(is_right, path, expected, ", ".join(members) or "nothing", remedy)
+        count = int.from_bytes(content[-12 - len(archive.comment) :][:2], "little")
+        _require(count == len(infos), path, f"{count} arrays, as its end says", f"{len(infos)}")
+        kinds = {info.compress_type for info in infos}  # some unpack without bounds
+        expected, got = "what numpy.savez_compressed writes", "another compression"
+        _require(kinds <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}, path, expected, got, "use it")
+        size = sum(info.file_size for info in infos)
+        _require(size <= HALF_OF_MEMORY, path, f"at most {HALF_OF_MEMORY:,} bytes", f"{size:,}")
+        contents = [archive.open(info).read(info.file_size + 1) for info in infos]
+    return {n: _array(content, f"{path}: {n}") for n, content in zip(names, contents, strict=True)}
 
 
-def _read_npy(what: str, read: Callable[[int], bytes], length: int) -> np.ndarray:
+def _array(content: bytes, what: str) -> Shaped[np.ndarray, "..."]:
+    """Reads an .npy file. NumPy itself would take all the memory that the header promises."""
     with _refusing(what, "an array in NumPy's format"):
-        head = io.BytesIO(read(2**14))  # NumPy takes headers of up to 10,000 bytes
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[np.lib.format.read_magic(head)]
-        shape, is_fortran, dtype = read_header(head)
-        if dtype.kind not in "biuf":
-            got = "pickled objects" if dtype.hasobject else str(dtype)
-            raise _error(what, "an array of numbers", got, "save it as numbers")
-        if min(shape, default=1) < 1:
-            raise _error(what, "at least one number", f"shape {shape}", "give more")
-        start = head.tell()
-        size = start + dtype.itemsize * math.prod(shape)
-        content = _complete(what, head.getvalue(), read, size, length, None)
-        array = np.frombuffer(content, dtype, offset=start)
-        return array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)
+        stream = io.BytesIO(content)
+        version = np.lib.format.read_magic(stream)
+        read_header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
+        shape, is_fortran, dtype = read_header(stream)
+        got = "pickled objects" if dtype.hasobject else str(dtype)
+        _require(dtype.kind in "biuf", what, "an array of numbers", got, "save it as numbers")
+        _require(min(shape, default=1) > 0, what, "at least one number", f"shape {shape}", "add it")
+        size = stream.tell() + dtype.itemsize * math.prod(shape)
+        expected = f"{size:,} bytes, as its header promises"
+        _require(size == len(content), what, expected, f"{len(content):,}")
+        array = np.frombuffer(content, dtype, offset=stream.tell())
+        return array.reshape(shape, order="F" if is_fortran else "C")
 
 
-def _part(path: Path, arrays: dict[str, np.ndarray], end: str) -> dict[str, np.ndarray]:
-    """One part of a file, checked; empty if the file does not have it."""
-    x, c, part = arrays.get(f"x{end}"), arrays.get(f"c{end}"), {}
-    if x is not None:
-        part["x"] = _images(x, f"{path}: x{end}")
-    elif c is not None:
-        raise _error(path, f"images x{end} for the labels c{end}", "none", "give both")
-    if c is not None:
-        part["c"] = _labels(c, f"{path}: c{end}", len(part["x"]))
-    return part
-
-
-def _images(
-    x: np.ndarray, what: str
-) -> UInt8[np.ndarray, "N H W *C"] | Float32[np.ndarray, "N H W *C"]:
+def _images(x: np.ndarray, what: str) -> Images:
     divide = "divide by the largest value that a pixel can have, such as 255 or 65535"
-    if x.ndim not in (3, 4):
-        expected = "images (N, H, W) or (N, H, W, C)"
-        raise _error(what, expected, f"shape {x.shape}", "reshape them")
+    expected = "images (N, H, W) or (N, H, W, C)"
+    _require(x.ndim in (3, 4), what, expected, f"shape {x.shape}", "reshape them")
     if x.dtype == bool:
         x = (x.view(np.uint8) > 0) * np.uint8(255)
-    if x.dtype == np.uint8:
-        return np.require(x, np.uint8, ["C", "A"])
-    if x.dtype.kind != "f":
-        raise _error(what, "uint8, bool or floats in [0, 1]", str(x.dtype), divide)
-    low, high = float(x.min()), float(x.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise _error(what, "finite numbers", "NaN or infinity", "replace what is not finite")
-    if low < 0 or high > 1:
-        raise _error(what, "floats in [0, 1]", f"{low:g} to {high:g}", divide)
-    return np.require(x, np.float32, ["C", "A"])
+    if x.dtype != np.uint8:
+        _require(x.dtype.kind == "f", what, "uint8, bool or floats in [0, 1]", str(x.dtype), divide)
+        got, remedy = f"{x.min():g} to {x.max():g}", f"replace what is not finite, and {divide}"
+        _require(0 <= x.min() <= x.max() <= 1, what, "floats in [0, 1]", got, remedy)
+    return np.require(x, np.uint8 if x.dtype == np.uint8 else np.float32, ["C", "A", "W"])
 
 
 def _labels(c: np.ndarray, what: str, num_images: int) -> Int32[np.ndarray, " N"]:
-    if c.dtype.kind not in "iu" or c.shape != (num_images,):
-        expected = f"integers, one for each of {num_images} images"
-        raise _error(what, expected, f"{c.dtype} of shape {c.shape}", "give one for each")
-    if c.min() < 0 or c.max() >= 2**31 - 1:
-        got = f"{c.min()} to {c.max()}"
-        raise _error(what, "labels 0, 1, ...", got, "number the classes from 0")
+    is_right = c.dtype.kind in "iu" and c.shape == (num_images,)
+    expected = f"integers 0, 1, ..., one for each of {num_images} images"
+    got = f"{c.dtype} of shape {c.shape}, {c.min()} to {c.max()}"
+    remedy = "number the classes from 0, and give one for each image"
+    _require(is_right and 0 <= c.min() <= c.max() < 2**31 - 1, what, expected, got, remedy)
     return c.astype(np.int32)
 
 
-def _kind(part: dict[str, np.ndarray]) -> str:
-    shape = ", ".join(map(str, part["x"].shape[1:]))
-    return f"{part['x'].dtype} (N, {shape}) {'with' if 'c' in part else 'without'} labels"
-
-
-# --- files that may be anything -------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _open(path: Path, expected: str) -> Iterator[tuple[io.BufferedReader, int]]:
-    """The file and its length in bytes."""
-    if not os.path.isfile(path):
-        there = "a directory" if os.path.isdir(path) else "something that is no file"
-        got = there if os.path.lexists(path) else "nothing there"
-        raise _error(path, expected, got, "give the path of a file")
-    with _refusing(path, expected), path.open("rb") as stream:
-        yield stream, os.fstat(stream.fileno()).st_size
+def _read(
+    path: str | Path, what: object, expected: str, max_bytes: int, sha256: str | None = None
+) -> bytes:
+    """What a file holds. With a SHA-256 it is unpacked, and must have that sum."""
+    got = "a directory" if os.path.isdir(path) else "no file there"
+    _require(os.path.isfile(path), what, expected, got, "give the path of a file")
+    size, most = os.path.getsize(path), f"at most {max_bytes:,} bytes"
+    _require(size <= max_bytes, what, most, f"{size:,}", f"{ANEW}, or give less")
+    with _refusing(what, expected):
+        content = Path(path).read_bytes()
+        if sha256 is None:
+            return content
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(max_bytes + 1)
+            _require(len(content) <= max_bytes, what, most, "more")
+    found = hashlib.sha256(content).hexdigest()
+    files = {value: file for sums in SOURCES.values() for file, value in sums.items()}
+    kind = {b"": "an empty file", b"<": "a web page"}.get(content[:1], "other content")
+    got = f"{files.get(found, kind)} ({len(content):,} bytes, {found})"
+    _require(found == sha256, what, f"{expected} with SHA-256 {sha256}", got)
+    return content
 
 
 @contextlib.contextmanager
 def _refusing(what: object, expected: str) -> Iterator[None]:
-    """Makes one error of the many that gzip, zlib, zipfile and NumPy raise at a bad file."""
+    """Makes one error of the many that gzip, zipfile, NumPy and SciPy raise at a bad file."""
     try:
         yield
     except DatasetError:
         raise
     except Exception as error:
         got = f"one that cannot be read ({type(error).__name__}: {error})"
-        raise _error(what, expected, got) from error
+        raise DatasetError(f"{what}: expected {expected}, got {got}; {ANEW}") from error
 
 
-def _error(
-    what: object, expected: str, got: str, remedy: str = ANEW, kind: type = DatasetError
-) -> DatasetError:
-    return kind(f"{what}: expected {expected}, got {got}; {remedy}")
-
-
-def _got(content: bytes, other: str) -> str:
-    return {b"": "an empty file", b"<": "a web page"}.get(content[:1], other)
-
-
-def _require_sum(path: object, content: bytes | bytearray, sha256: str) -> None:
-    if (found := hashlib.sha256(content).hexdigest()) != sha256:
-        got = _got(bytes(content[:1]), f"other content, {found}")
-        raise _error(path, f"content with SHA-256 {sha256}", got)
-
-
-def _idx_kind(num_axes: int | None) -> str:
-    if num_axes is None:
-        return ""
-    kind = {1: "labels", 2: "a matrix", 3: "images"}.get(num_axes, f"{num_axes} axes")
-    return f" of {kind} (magic number {2048 + num_axes})"
-
-
-def _complete(
-    what: object,
-    head: bytes,
-    read: Callable[[int], bytes],
-    size: int,
-    length: int,
-    max_bytes: int | None,
-) -> bytearray:
-    """Reads on after ``head`` to the ``size`` that it promises, which must be the end.
-
-    Memory is taken as bytes come, not as they are promised; and nothing is read if the promise
-    exceeds ``length``, the most that there can be. At the end gzip and zip check their sums.
-    """
-    _require_memory(what, size, max_bytes)
-    expected = f"{size:,} bytes, as its header promises"
-    if size > length:
-        raise _error(what, expected, f"at most {length:,}")
-    content = bytearray(head[:size])
-    while len(content) < size and (piece := read(min(2**20, size - len(content)))):
-        content += piece
-    if len(content) < size or len(head) > size or read(1):
-        raise _error(what, expected, f"{len(content):,}" if len(content) < size else "more")
-    return content
-
-
-def _require_memory(what: object, size: int, max_bytes: int | None) -> None:
-    max_bytes = _half_of_memory() if max_bytes is None else max_bytes
-    if size > max_bytes:
-        got = f"a promise of {size:,}"
-        raise _error(what, f"at most {max_bytes:,} bytes", got, f"{ANEW}, or give less")
-
-
-def _half_of_memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, OSError, ValueError):  # not every system tells
-        return 2**32
+def _require(is_right: object, what: object, expected: str, got: str, remedy: str = ANEW) -> None:
+    if not is_right:
+        raise DatasetError(f"{what}: expected {expected}, got {got}; {remedy}")

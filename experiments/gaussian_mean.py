@@ -3,23 +3,22 @@
     python experiments/gaussian_mean.py --mu-0 2 --sigma 0.5 --num-seeds 8
 
 The model, its guide and its optimum are in ``models/gaussian_mean.py``. Stochastic gradients
-arrive at seven numbers to a fraction of their standard errors because
+arrive at seven numbers to a fraction of their standard errors, for three reasons:
 
-- the optimiser works in coordinates in which the affine maps' inputs are uncorrelated and have
-  unit size, and lengths are measured in sigma_0 (``coordinates``), so that neither mu_0 nor the
-  scale of the data is felt;
-- the two particles of each step are mirror images, stratified over the batch
-  (``inference.particles``);
-- the learning rate falls to zero along a cosine, and the last part of the path is averaged.
+- The optimiser works in other coordinates (``coordinates``). The inputs of the affine maps are
+  uncorrelated there and have unit size, and lengths are measured in sigma_0. So neither mu_0 nor
+  the scale of the data matters.
+- The two particles of each step are mirror images, stratified over the batch
+  (``inference.particles``).
+- The learning rate falls to zero along a cosine, and the last part of the path is averaged.
 """
 
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 import optax
 from jax import random
@@ -27,19 +26,25 @@ from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from tabulate import tabulate
 
 import inference
-from experiments.runs import (
-    Run,
+from experiments.experiment import Experiment, Fits
+from experiments.runner import number, run
+from experiments.settings import (
+    check_fraction,
     check_known,
     check_least,
     check_positive,
     command_line,
-    import_ahead,
-    trace_attributes,
 )
-from inference import Fit, antithetic, fit, pointwise_elbo, precondition, to_datatree
+from inference import Estimate, antithetic, pointwise_elbo, precondition, to_datatree
 from models import gaussian_mean
 
-# Of two particles each; where particles may be mirror images, they are.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from xarray import DataTree
+else:  # slow to import
+    DataTree = Figure = Any
+
+# Two particles each. They are mirror images, if the objective allows it.
 OBJECTIVES = {name: partial(build, 2) for name, build in inference.OBJECTIVES.items()} | {
     "Trace_ELBO": lambda: Trace_ELBO(2, vectorize_particles=antithetic),
     "TraceMeanField_ELBO": lambda: TraceMeanField_ELBO(2, vectorize_particles=antithetic),
@@ -48,23 +53,23 @@ OBJECTIVES = {name: partial(build, 2) for name, build in inference.OBJECTIVES.it
 
 @dataclass(frozen=True)
 class Config:
-    """Recover theta*, phi* of the Gaussian unknown-mean conditional VAE.
+    """Settings of the Gaussian unknown-mean conditional VAE.
 
     Attributes:
-        mu_0: mean of z where c is zero.
-        sigma_0: standard deviation of z given c, known to the model.
-        sigma: standard deviation of x given z.
-        num_data: pairs (c, x) simulated from the truth.
-        num_steps: steps of the optimiser.
-        batch_size: data per step; 2000, or all there are if fewer, unless given.
-        learning_rate: the first step's; it falls to zero along a cosine.
-        average: fraction of the run, at its end, over which parameters are averaged.
+        mu_0: Mean of z where c is zero.
+        sigma_0: Standard deviation of z given c. The model knows it.
+        sigma: Standard deviation of x given z.
+        num_data: Number of pairs (c, x), simulated from the truth.
+        num_steps: Steps of the optimiser.
+        batch_size: Data per step. Default: 2000, or all data if there are fewer.
+        learning_rate: Learning rate of the first step. It falls to zero along a cosine.
+        average: Fraction of the run, at its end, over which parameters are averaged.
         objective: Trace_ELBO, TraceMeanField_ELBO, RenyiELBO (or importance-weighted, the same),
             doubly-reparameterized or sticking-the-landing.
-        num_seeds: restarts trained together.
-        seed: of the data and of the first restart.
-        out: directory of the run; a fresh one under runs/ unless given.
-        progress: whether to show a progress bar.
+        num_seeds: Number of restarts. They are trained together.
+        seed: Random seed of the data and of the first restart.
+        out: Directory of the run. Default: a new one in runs/.
+        progress: Whether to show a progress bar.
     """
 
     mu_0: float = 1.0
@@ -87,36 +92,84 @@ class Config:
         check_least(0, self, "seed")
         check_positive(self, "learning_rate")
         check_known(self, objective=OBJECTIVES)
+        check_fraction(self, "average")
         if self.batch_size is not None and not 1 <= self.batch_size <= self.num_data:
             raise ValueError(
                 f"batch_size: expected 1 to num_data = {self.num_data}, got {self.batch_size}"
             )
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average: expected a fraction below 1, got {self.average}")
 
     def truth(self) -> gaussian_mean.Truth:
         """The process that makes the data."""
         return gaussian_mean.Truth(self.mu_0, self.sigma_0, self.sigma)
 
 
+# --- data, programs, training ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the model needs to know of the data.
+
+    Attributes:
+        name: the data set's name.
+        num_data: how many data there are.
+        x_median: the median of x. The search starts there.
+    """
+
+    name: str
+    num_data: int
+    x_median: float
+
+
+@dataclass(frozen=True)
+class Data:
+    """Simulated data, and what is exactly true of them.
+
+    Attributes:
+        record: what the model needs to know.
+        train: ``c`` and ``x``, (N,) each. They are judged too.
+        maximum: the maximum-likelihood parameters by name.
+        best_elbo: the ELBO there, nats per datum.
+    """
+
+    record: Record
+    train: dict[str, np.ndarray]
+    maximum: dict[str, float]
+    best_elbo: float
+
+
+def simulate(config: Config) -> Data:
+    """The data of a run."""
+    data = config.truth().simulate(config.num_data, config.seed)
+    maximum, best_elbo = gaussian_mean.maximum_likelihood(data, config.sigma_0)
+    record = Record("gaussian_mean", config.num_data, float(np.median(data["x"])))
+    return Data(record, data, maximum, best_elbo)
+
+
+def programs(config: Config, record: Record, name: str, fits: Fits) -> tuple[Any, Any]:
+    """The model and its guide."""
+    model = gaussian_mean.Model(config.sigma_0, x_loc=record.x_median)
+    return model, gaussian_mean.Guide(config.sigma_0)
+
+
 def coordinates(*columns: np.ndarray | float, scale: float) -> np.ndarray:
-    """P such that the features' combination by P @ u varies by ``scale`` times u's length.
+    """A whitening matrix: a unit step in u changes the output by ``scale`` (root mean square).
 
     Args:
         columns: the inputs of an affine map, each (N,) or a constant.
-        scale: the unit in which the map's output is measured.
+        scale: the unit of the map's output.
 
     Returns:
-        (k, k): with features F, mean of (F P)^T (F P) is scale^2 times the identity.
+        P, (k, k). With features F, the mean of (F P)^T (F P) is scale^2 times the identity.
     """
     features = np.stack(np.broadcast_arrays(*columns), axis=1).astype(np.float64)
     moments = features.T @ features / len(features)
     return (scale * np.linalg.cholesky(np.linalg.inv(moments))).astype(np.float32)
 
 
-def train(config: Config, data: dict[str, np.ndarray], checkpoint: Path | None = None) -> Fit:
-    """Fits model and guide to ``data`` with the settings of ``config``."""
-    c, x = data["c"], data["x"]
+def training(config: Config, data: Data, name: str, fits: Fits) -> dict[str, Any]:
+    """The settings of ``fit``."""
+    c, x = data.train["c"], data.train["x"]
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
     optimizer = precondition(
         optax.adam(schedule, b2=0.99),
@@ -125,106 +178,55 @@ def train(config: Config, data: dict[str, np.ndarray], checkpoint: Path | None =
             ("phi_1", "phi_2", "phi_3"): coordinates(x, c, 1.0, scale=config.sigma_0),
         },
     )
-    return fit(
-        gaussian_mean.Model(config.sigma_0, x_loc=float(np.median(x))),
-        gaussian_mean.Guide(config.sigma_0),
-        data,
-        objective=OBJECTIVES[config.objective](),
-        optimizer=optimizer,
-        num_steps=config.num_steps,
-        batch_size=config.batch_size or min(2_000, config.num_data),
-        num_seeds=config.num_seeds,
-        seed=config.seed,
-        average=config.average,
-        checkpoint=checkpoint,
-        progress=config.progress,
-    )
+    return {
+        "objective": OBJECTIVES[config.objective](),
+        "optimizer": optimizer,
+        "num_steps": config.num_steps,
+        "batch_size": config.batch_size or min(2_000, config.num_data),
+        "num_seeds": config.num_seeds,
+        "seed": config.seed,
+        "average": config.average,
+    }
 
 
-def main(config: Config) -> dict[str, Any]:
-    """Recover theta*, phi* of the Gaussian unknown-mean conditional VAE."""
-    began = time.perf_counter()
-    data = config.truth().simulate(config.num_data, config.seed)
-    maximum, best_elbo = gaussian_mean.maximum_likelihood(data, config.sigma_0)
-    run = Run("gaussian_mean", config)
-    result = run.read("result.json")
-    if result is None:
-        import_ahead("orbax.checkpoint", "matplotlib.backends.backend_agg", "arviz_base")
-        fitted = train(config, data, run.path / "checkpoints")
-        elbos = judge(config, data, fitted)
-        result = summarize(config, data, fitted, elbos, maximum, best_elbo)
-        draw_elbo(fitted, result, run.path / "elbo.png")
-        draw_recovery(result, run.path / "recovery.png")
-        tree = to_datatree(
-            fitted,
-            constant_data={"c": data["c"]},
-            observed_data={"x": data["x"]},
-            evaluation={"elbo": elbos.astype(np.float32)},
-        )
-        tree.attrs |= trace_attributes("gaussian_mean", asdict(config), "gaussian_mean", data)
-        tree.to_netcdf(run.path / "trace.nc", engine="h5netcdf")
-        result["seconds"]["total"] = time.perf_counter() - began
-        run.write("result.json", result)
-    print(table(result))
-    print(f"written to {run.path}")
-    return result
+# --- judging --------------------------------------------------------------------------------------
 
 
-def judge(config: Config, data: dict[str, np.ndarray], fitted: Fit) -> np.ndarray:
-    """The ELBO of every seed and datum, (seed, N)."""
-    model, guide = gaussian_mean.Model(config.sigma_0), gaussian_mean.Guide(config.sigma_0)
-    key = random.key(config.seed)
-
-    @jax.jit
-    @jax.vmap
-    def evaluate(params: dict[str, Any]) -> Any:
-        return pointwise_elbo(model, guide, params, data, key=key)
-
-    return np.asarray(evaluate(fitted.params), np.float64)
+def judge(config: Config, data: Data, fits: Fits) -> Estimate:
+    """The ELBO of every seed and datum."""
+    key, size = random.key(config.seed), config.num_data
+    return pointwise_elbo(fits["fit"], data.train, key=key, batch_size=size)
 
 
-def summarize(
-    config: Config,
-    data: dict[str, np.ndarray],
-    fitted: Fit,
-    elbos: np.ndarray,
-    maximum: dict[str, float],
-    best_elbo: float,
-) -> dict[str, Any]:
-    """The numbers of ``result.json``."""
-    truth = config.truth()
+def summarize(config: Config, data: Data, fits: Fits, judged: Estimate) -> dict[str, Any]:
+    """The numbers of ``result.json``, each beside its target."""
+    truth, c, fitted = config.truth(), data.train["c"], fits["fit"].params
     optimum = gaussian_mean.optimum(truth)
-    errors = gaussian_mean.standard_errors(
-        truth, config.num_data, float(data["c"].mean()), float(data["c"].var())
-    )
+    errors = gaussian_mean.standard_errors(truth, len(c), float(c.mean()), float(c.var()))
     parameters = {
         name: {
-            "estimate": float(np.mean(fitted.params[name])),
-            "per_seed": np.asarray(fitted.params[name], np.float64).tolist(),
+            "estimate": float(np.mean(fitted[name])),
+            "per_seed": np.asarray(fitted[name], np.float64).tolist(),
             "optimum": optimum[name],
-            "maximum_likelihood": maximum[name],
+            "maximum_likelihood": data.maximum[name],
             "standard_error": errors[name],
         }
         for name in gaussian_mean.PARAMETERS
     }
-    return {
-        "experiment": "gaussian_mean",
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
-        "parameters": parameters,
-        "elbo": {
-            "estimate": float(elbos.mean()),
-            "per_seed": elbos.mean(1).tolist(),
-            "standard_error": float(elbos.mean(0).std() / np.sqrt(config.num_data)),
-            "optimum": gaussian_mean.optimal_elbo(truth),
-            "maximum_likelihood": best_elbo,
-        },
-        "seconds": fitted.info["seconds"],
-        "device": fitted.info["device"],
-        "versions": fitted.info["versions"],
+    targets = {
+        "optimum": gaussian_mean.optimal_elbo(truth),
+        "maximum_likelihood": data.best_elbo,
     }
+    return {"parameters": parameters, "elbo": number(judged) | targets}
 
 
-def table(result: dict[str, Any]) -> str:
+def tree(config: Config, data: Data, fits: Fits, judged: Estimate) -> DataTree:
+    """The fit, its ELBO of each datum, and the data."""
+    c, x = ({name: data.train[name]} for name in "cx")
+    return to_datatree(fits["fit"], judged, constant_data=c, observed_data=x)
+
+
+def table(result: Mapping[str, Any]) -> str:
     """The result as a person reads it: each number beside its target."""
     rows = []
     for name, p in result["parameters"].items():
@@ -240,94 +242,104 @@ def table(result: dict[str, Any]) -> str:
                 f"{max(abs(e - p['maximum_likelihood']) for e in p['per_seed']) / error:.3f}",
             )
         )
-    headers = (
-        "parameter",
-        "estimate",
-        "spread",
-        "optimum",
-        "error / s.e.",
-        "max. likelihood",
-        "worst seed / s.e.",
-    )
+    headers = ("parameter", "estimate", "spread", "optimum", "error / s.e.")
+    headers += ("max. likelihood", "worst seed / s.e.")
     body = tabulate(rows, headers, disable_numparse=True, colalign=("left",) + ("right",) * 6)
-    elbo, config, seconds = result["elbo"], result["config"], result["seconds"]
+    elbo, config = result["elbo"], result["config"]
     seeds = f"{config['num_seeds']} seed" + "s" * (config["num_seeds"] > 1)
     return (
-        f"\n{body}\n\n"
+        f"{body}\n\n"
         f"ELBO, nats per datum: {elbo['estimate']:.5f} +- {elbo['standard_error']:.5f}, optimum "
         f"{elbo['optimum']:.5f}, best on these data {elbo['maximum_likelihood']:.5f}\n"
         f"{config['num_data']} data, {seeds}, {config['num_steps']} steps of "
-        f"{config['objective']} on {result['device']}; compiling {seconds['compile']:.1f} s, "
-        f"training {seconds['run']:.1f} s, in all {seconds['total']:.1f} s\n"
+        f"{config['objective']}\n"
         f"(s.e.: standard error of the maximum-likelihood value around the optimum; worst seed: "
         f"distance to the maximum-likelihood value)"
     )
 
 
-def draw_elbo(fitted: Fit, result: dict[str, Any], path: Path) -> None:
-    """Every seed's ELBO trace, and the optimum as a line."""
+# --- figures --------------------------------------------------------------------------------------
+
+
+def figures(
+    config: Config, data: Data, fits: Fits, judged: Estimate, result: dict[str, Any]
+) -> dict[str, Figure]:
+    """The figures of a run."""
+    return {"elbo": elbo_figure(fits["fit"], result), "recovery": recovery_figure(result)}
+
+
+def elbo_figure(fitted: inference.Fit, result: Mapping[str, Any]) -> Figure:
+    """The ELBO trace of every seed, and the optimum as a line."""
     from matplotlib.figure import Figure
 
     best = result["elbo"]["maximum_likelihood"]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(1, fitted.elbo.shape[1] + 1)
-    for i, trace in enumerate(fitted.elbo):
-        axes.plot(steps, trace, lw=0.6, alpha=0.7, label=f"seed {fitted.config['seed'] + i}")
+    for seed, trace in zip(fitted.seeds, fitted.elbo, strict=True):
+        axes.plot(steps, trace, lw=0.6, alpha=0.7, label=f"seed {seed}")
     axes.axhline(result["elbo"]["optimum"], color="black", ls="--", lw=1.2, label="optimal ELBO")
     noise = np.nanstd(fitted.elbo[:, -max(1, len(steps) // 10) :])
     axes.set(
         xscale="log",
         ylim=(best - max(1.0, 8 * noise), best + max(0.15, 5 * noise)),
-        xlabel="step",
+        xlabel="training (steps)",
         ylabel="ELBO of the batch (nats per datum)",
         title="Gaussian unknown mean: training ELBO",
     )
     axes.legend(loc="lower right", fontsize="small", ncols=2)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def draw_recovery(result: dict[str, Any], path: Path) -> None:
-    """Each parameter's distance from its optimum, in standard errors."""
+def recovery_figure(result: Mapping[str, Any]) -> Figure:
+    """The distance of each parameter from its optimum, in standard errors."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    names = list(result["parameters"])
-    labels = [rf"$\{n.split('_')[0]}_{n.split('_')[1]}$" for n in names]
     axes.axvspan(-2, 2, color="0.93", label="optimum ± 2 standard errors")
     axes.axvline(0, color="black", ls="--", lw=1.2, label="optimum")
-    for row, name in enumerate(names):
-        p = result["parameters"][name]
-        to_errors = lambda value, p=p: (value - p["optimum"]) / p["standard_error"]  # noqa: E731
-        seeds = [to_errors(value) for value in p["per_seed"]]
-        offsets = np.linspace(-0.2, 0.2, len(seeds)) if len(seeds) > 1 else [0.0]
-        axes.plot(
-            [to_errors(p["maximum_likelihood"])] * 2,
-            [row - 0.35, row + 0.35],
-            color="C1",
-            lw=2.5,
-            label="maximum likelihood of the data" if row == 0 else None,
-        )
-        axes.plot(
-            seeds,
-            row + np.array(offsets),
-            "o",
-            color="C0",
-            ms=4,
-            label="estimate, one dot per seed" if row == 0 else None,
-        )
+    for row, p in enumerate(result["parameters"].values()):
+        known = np.array([p["maximum_likelihood"], *p["per_seed"]])
+        best, *seeds = (known - p["optimum"]) / p["standard_error"]
+        offsets = np.linspace(-0.2, 0.2, len(seeds)) if len(seeds) > 1 else np.zeros(1)
+        label = None if row else "maximum likelihood of the data"
+        axes.plot([best, best], [row - 0.35, row + 0.35], color="C1", lw=2.5, label=label)
+        label = None if row else "estimate, one dot per seed"
+        axes.plot(seeds, row + offsets, "o", color="C0", ms=4, label=label)
     limit = max(3.0, 1.1 * max(np.abs(np.asarray(line.get_xdata())).max() for line in axes.lines))
+    names = [name.split("_") for name in result["parameters"]]
     axes.set(
         xlim=(-limit, limit),
         yticks=range(len(names)),
-        yticklabels=labels,
+        yticklabels=[rf"$\{letter}_{index}$" for letter, index in names],
         xlabel="distance from the optimum (standard errors)",
+        ylabel="parameter",
         title="Gaussian unknown mean: recovery",
     )
     axes.invert_yaxis()
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize="small")
-    figure.savefig(path, dpi=120)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="gaussian_mean",
+    config=Config,
+    record=Record,
+    data=simulate,
+    programs=programs,
+    training=training,
+    judge=judge,
+    summarize=summarize,
+    tree=tree,
+    figures=figures,
+    table=table,
+)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Recover theta*, phi* of the Gaussian unknown-mean conditional VAE."""
+    return run(EXPERIMENT, config)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""What the experiments on images share: settings, training, judging, the table, the run directory.
+"""What the experiments on images share: settings, training, judging, the table, the figures.
 
-An experiment adds its defaults: ``experiments/mnist_vae.py``, ``experiments/mnist_cvae.py``.
+A script adds its defaults: ``experiments/mnist_vae.py``, ``experiments/mnist_cvae.py``.
 """
 
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,38 +18,42 @@ from numpyro.infer.elbo import ELBO
 from tabulate import tabulate
 
 from experiments import pictures
-from experiments.datasets import Dataset, load
-from experiments.runs import (
-    Run,
-    check_known,
-    check_least,
-    check_positive,
-    import_ahead,
-    trace_attributes,
-)
+from experiments.datasets import Dataset, Record, load
+from experiments.experiment import Experiment, Fits
+from experiments.runner import number
+from experiments.settings import check_fraction, check_known, check_least, check_positive
 from inference import (
     OBJECTIVES,
+    ElboTerms,
     Estimate,
     Fit,
     FreeBits,
     Held,
     KLWarmUp,
     KLWeighted,
+    LabelCheck,
+    Prepared,
     elbo_terms,
-    encode,
     fit,
     label_check,
     log_likelihood,
     pareto_k_threshold,
+    sample_posterior,
     to_datatree,
 )
 from inference.evaluation import FEWEST_FOR_TAIL
-from models import cvae, guides, vae
+from models import guides, vae
 from models.conditions import Labels
 from models.likelihoods import LIKELIHOODS
 
-PER_DATUM_STEPS = 1000  # in which a per-datum guide is fitted to the test images
-TEST_SEED = 20_150_901  # held-out images are binarised once, the same for every run and seed
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from xarray import DataTree
+else:  # slow to import
+    DataTree = Figure = Any
+
+PER_DATUM_STEPS = 1000  # A per-datum guide is fitted to the test images in so many steps.
+JUDGING_SEED = 20_150_901  # It is folded with the run's seed, and gives the draws of the judges.
 
 ACTIVATIONS: dict[str, Callable] = {
     "relu": jax.nn.relu,
@@ -66,8 +69,8 @@ def burda_schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
     """3^i shares of the run at learning_rate * 10^(-i/7), i = 0..7 (Burda et al. 2016, section 5).
 
     Args:
-        learning_rate: the first share's; 1e-3 in the paper.
-        num_steps: all shares together; 3280 passes over the data in the paper.
+        learning_rate: the learning rate of the first share. 1e-3 in the paper.
+        num_steps: the steps of all shares together. 3280 passes over the data in the paper.
     """
     ends = [round(num_steps * (3**i - 1) / 2 / 3280) for i in range(1, 8)]
     rates = [learning_rate * 10 ** (-i / 7) for i in range(8)]
@@ -86,42 +89,43 @@ class Config:
     """Settings of an experiment on images.
 
     Attributes:
-        dataset: mnist, svhn, digits, the path of a user's own .npz or .npy, or auto for MNIST
-            where it can be had and digits elsewhere.
-        data_dir: directory with the data set's files, compressed or not, to read offline.
-        num_validation: images held out of the training; the data set's usual number unless given,
-            and none with the guide per-datum, which knows the training images alone.
-        num_train: the first so many of the training images; all unless given.
-        num_test: the first so many of the test images; all unless given.
-        preset: the model to start from, by name; the settings from hidden to likelihood change it.
-        guide: mean-field, low-rank, full-covariance, flow, prior, semi-amortised, or per-datum,
-            which trains on all images at once and is fitted anew to the test images.
-        hidden: units of the decoder's hidden layers, from z to x.
-        channels: of the convolutions between the image and the dense layers, from x to z.
-        encoder_hidden: units of the encoder's, from x to z; the decoder's reversed unless given.
-        num_latents: dimensions of z.
+        dataset: mnist, svhn, digits, the path of your own .npz or .npy file, or auto. auto is
+            MNIST if it can be loaded, and else digits.
+        data_dir: Directory with the data set's files, compressed or not, to read offline.
+        num_validation: Images held out of the training. Default: the data set's usual number. The
+            guide per-datum holds out none, because it knows the training images alone.
+        num_train: Number of training images, the first ones. Default: all.
+        num_test: Number of test images, the first ones. Default: all.
+        preset: Model to start from, by name. The settings from hidden to likelihood change it.
+        guide: mean-field, low-rank, full-covariance, flow, prior, semi-amortised or per-datum.
+            per-datum trains on all images at once and is fitted anew to the test images.
+        hidden: Units of the decoder's hidden layers, from z to x.
+        channels: Channels of the convolution layers, from x to z.
+        encoder_hidden: Units of the encoder's hidden layers, from x to z. Default: the decoder's,
+            reversed.
+        num_latents: Dimensions of z.
         activation: relu, tanh, sigmoid, softplus, silu or gelu.
         likelihood: bernoulli, gaussian, gaussian-one-scale, gaussian-identity or
             discretized-logistic.
-        dtype: in which the networks compute, float32 or bfloat16.
+        dtype: Type that the networks compute in, float32 or bfloat16.
         objective: Trace_ELBO, TraceMeanField_ELBO, RenyiELBO (or importance-weighted, the same),
             doubly-reparameterized or sticking-the-landing.
-        num_particles: draws of z per image and step.
-        beta: weight of the KL divergence in the gradient; 1 is the ELBO's.
-        free_bits: nats per image below which a dimension's divergence costs nothing.
-        num_epochs: passes over the training images.
-        batch_size: images per step; 128, or all there are if fewer, unless given.
-        learning_rate: Adam's, at the first step.
+        num_particles: Draws of z per image and step.
+        beta: Weight of the KL divergence in the gradient. The ELBO has 1.
+        free_bits: Nats per image below which a dimension's divergence costs nothing.
+        num_epochs: Passes over the training images.
+        batch_size: Images per step. Default: 128, or all images if there are fewer.
+        learning_rate: Learning rate of Adam at the first step.
         schedule: constant, cosine (to zero) or burda (eight falling rates).
-        clip_norm: the greatest norm of a gradient; not clipped unless given.
-        kl_warm_up: epochs over which the weight of the KL divergence rises from 0 to 1.
-        average: fraction of the run, at its end, over which parameters are averaged.
-        patience: stop after so many epochs without a better held-out ELBO, and keep the best.
-        num_samples: importance samples per test image.
-        num_seeds: restarts trained together.
-        seed: of the first restart.
-        out: directory of the run; a fresh one under runs/ unless given.
-        progress: whether to show progress bars.
+        clip_norm: Greatest norm of a gradient. Default: gradients are not clipped.
+        kl_warm_up: Epochs over which the weight of the KL divergence rises from 0 to 1.
+        average: Fraction of the run, at its end, over which parameters are averaged.
+        patience: Stop after so many epochs without a better held-out ELBO, and keep the best.
+        num_samples: Importance samples per test image.
+        num_seeds: Number of restarts. They are trained together.
+        seed: Random seed of the first restart.
+        out: Directory of the run. Default: a new one in runs/.
+        progress: Whether to show progress bars.
     """
 
     dataset: str = "auto"
@@ -163,6 +167,7 @@ class Config:
         check_least(1, self, "num_particles", "patience", "num_samples", "num_seeds")
         check_least(0, self, "seed")
         check_positive(self, "learning_rate", "clip_norm")
+        check_fraction(self, "average")
         if not 0 <= self.kl_warm_up <= self.num_epochs:
             raise ValueError(
                 f"kl_warm_up: expected 0 to num_epochs = {self.num_epochs}, got {self.kl_warm_up}; "
@@ -182,10 +187,10 @@ class Config:
         self.elbo(warm_up=1)
 
     def elbo(self, warm_up: int) -> ELBO:
-        """What is trained.
+        """The objective.
 
         Args:
-            warm_up: steps over which the divergence's weight rises, where it is to rise.
+            warm_up: steps over which the divergence's weight rises, if it rises.
 
         Raises:
             ValueError: settings that this objective does not know.
@@ -228,21 +233,21 @@ class Config:
             test=first(dataset.test, self.num_test),
         )
 
-    def model(self, dataset: Dataset) -> Any:
+    def model(self, record: Record) -> vae.Model:
         """The preset, with the settings that were given."""
-        return self._change(vae.PRESETS[self.preset], dataset)
-
-    def _change(self, preset: Any, dataset: Dataset) -> Any:
         names = ("hidden", "channels", "num_latents", "dtype")
         changes = {name: getattr(self, name) for name in names}
         changes["activation"] = ACTIVATIONS.get(self.activation or "")
         changes["likelihood"] = LIKELIHOODS.get(self.likelihood or "")
         changes = {name: value for name, value in changes.items() if value is not None}
-        return replace(preset, x_shape=dataset.x_shape, **changes)
+        return replace(vae.PRESETS[self.preset], x_shape=record.x_shape, **changes)
 
-    def make_guide(self, model: Any, num_data: int) -> Any:
-        """The guide of the model, for batches of so many data where it asks for their number."""
-        return guides.make(self.guide, model, hidden=self.encoder_hidden, num_data=num_data)
+    def make_guide(self, model: vae.Model, num_data: int) -> Any:
+        """The guide of the model. ``num_data`` counts for a guide with numbers for each datum."""
+        settings: dict[str, Any] = {"num_data": num_data}
+        if self.encoder_hidden is not None:
+            settings["encoder"] = partial(model.encoder, hidden=self.encoder_hidden)
+        return guides.make(self.guide, model, **settings)
 
 
 @dataclass(frozen=True)
@@ -251,8 +256,8 @@ class LabelConfig(Config):
 
     Attributes:
         prior: standard, or learned for a prior network that sees the label.
-        num_embedded: length of a learned vector that stands for a label; one-hot unless given.
-        num_label_samples: importance samples per test image and label, for the check of labels.
+        num_embedded: Length of a learned vector that stands for a label. Default: one-hot labels.
+        num_label_samples: Importance samples per test image and label, for the check of labels.
     """
 
     prior: str = "standard"
@@ -274,25 +279,27 @@ class LabelConfig(Config):
             )
         return self._first(dataset, ["x", "c"])
 
-    def model(self, dataset: Dataset) -> Any:
-        """The preset, with the settings that were given."""
+    def model(self, record: Record) -> vae.Model:
+        """The preset given a label, with the settings that were given."""
         return replace(
-            self._change(cvae.PRESETS[self.preset], dataset),
-            condition=Labels(dataset.num_classes or 0, self.num_embedded),
+            super().model(record),
+            condition=Labels(record.num_classes or 0, self.num_embedded),
             prior_hidden=() if self.prior == "learned" else None,
         )
 
 
-def held_out(model: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Images made ready once, with a fixed seed: the same data for every run."""
-    return jax.jit(model.prepare)(random.key(TEST_SEED), dict(arrays))
+# --- programs, training ---------------------------------------------------------------------------
 
 
-def train(
-    config: Config, model: Any, guide: Any, dataset: Dataset, checkpoint: Path | None = None
-) -> Fit:
-    """Fits model and guide, every step on freshly prepared images."""
-    num_train = len(dataset.train["x"])
+def programs(config: Config, record: Record, name: str, fits: Fits) -> tuple[Any, Any]:
+    """The model and its guide."""
+    model = config.model(record)
+    return model, config.make_guide(model, record.num_data)
+
+
+def training(config: Config, data: Dataset, name: str, fits: Fits) -> dict[str, Any]:
+    """The settings of ``fit``. Every step sees freshly prepared images."""
+    num_train = len(data.train["x"])
     most = num_train if config.guide == "per-datum" else 128
     batch_size = config.batch_size or min(most, num_train)
     num_steps = -(-config.num_epochs * num_train // batch_size)
@@ -300,152 +307,168 @@ def train(
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     warm_up = max(1, int(config.kl_warm_up * num_train / batch_size))
-    return fit(
-        model,
-        guide,
-        dataset.train,
-        objective=config.elbo(warm_up),
-        optimizer=optimizer,
-        num_epochs=config.num_epochs,
-        batch_size=batch_size,
-        preprocess=model.prepare,
-        num_seeds=config.num_seeds,
-        seed=config.seed,
-        average=config.average,
-        validation=dataset.validation and held_out(model, dataset.validation),
-        validate_every=max(1, num_train // batch_size) if dataset.validation else None,
-        patience=config.patience,
-        checkpoint=checkpoint,
-        progress=config.progress,
-    )
-
-
-def judge(
-    config: Config, model: Any, guide: Any, params: Mapping[str, Any], test: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Every seed's terms of the ELBO and log-likelihood on the test images, pointwise."""
-    key = random.fold_in(random.key(TEST_SEED), config.seed)
-    judged = {"terms": [], "log_likelihood": [], "z": []}
-    together: dict[str, Any] = {}
-    for i in range(config.num_seeds):
-        seed_params = pictures.of_seed(params, i)
-        if config.guide == "per-datum":
-            guide, seed_params = fit_anew(config, model, seed_params, test)
-            together = {"batch_size": len(test["x"])}
-        common = (model, guide, seed_params, test)
-        judged["terms"].append(elbo_terms(*common, key=key, num_samples=10, **together))
-        judged["log_likelihood"].append(
-            log_likelihood(
-                *common,
-                key=key,
-                num_samples=config.num_samples,
-                progress=config.progress,
-                **together,
-            )
-        )
-        judged["z"].append(encode(guide, seed_params, test["x"], test.get("c"), key=key))
-    return judged
-
-
-def fit_anew(
-    config: Config, model: Any, params: Mapping[str, Any], test: Mapping[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """The per-datum guide of the test images, fitted to the model as it is; all parameters."""
-    guide = config.make_guide(model, len(test["x"]))
-    kept = {name: value for name, value in params.items() if name not in ("z_loc", "z_scale")}
-    fitted = fit(
-        Held(model, kept),
-        guide,
-        test,
-        optimizer=optax.adam(optax.cosine_decay_schedule(0.05, PER_DATUM_STEPS)),
-        num_steps=PER_DATUM_STEPS,
-        batch_size=len(test["x"]),
-        seed=config.seed,
-        progress=config.progress,
-    )
-    return guide, kept | pictures.of_seed(fitted.params, 0)
-
-
-def estimate(per_seed: list[Estimate]) -> dict[str, Any]:
-    """A quantity as ``result.json`` has it: the mean over seeds and test images."""
-    values = np.mean([e.pointwise for e in per_seed], axis=0, dtype=np.float64)
-    summary = {
-        "estimate": float(values.mean()),
-        "standard_error": float(values.std() / np.sqrt(len(values))),
-        "num_samples": per_seed[0].num_samples,
+    return {
+        "objective": config.elbo(warm_up),
+        "optimizer": optimizer,
+        "num_epochs": config.num_epochs,
+        "batch_size": batch_size,
+        "num_seeds": config.num_seeds,
+        "seed": config.seed,
+        "average": config.average,
+        "validation": data.validation,
+        "validate_every": max(1, num_train // batch_size) if data.validation else None,
+        "patience": config.patience,
     }
-    if len(per_seed) > 1:
-        summary["per_seed"] = [e.estimate for e in per_seed]
-    errors = [e.monte_carlo_error for e in per_seed]
-    if np.isfinite(errors).all():
-        summary["monte_carlo_error"] = float(np.sqrt(np.sum(np.square(errors))) / len(errors))
-    return summary
+
+
+# --- judging --------------------------------------------------------------------------------------
+
+
+class Judged(NamedTuple):
+    """What the judges say of the test images.
+
+    ``draws`` has one draw of z for each image. ``labels`` is None without labels.
+    """
+
+    terms: ElboTerms
+    log_likelihood: Estimate
+    draws: dict[str, Any]
+    labels: LabelCheck | None
+
+
+def judging_key(config: Any) -> Any:
+    """The random key of the judges."""
+    return random.fold_in(random.key(JUDGING_SEED), config.seed)
+
+
+def judge(config: Config, data: Dataset, fits: Fits) -> Judged:
+    """The test images under every seed's model."""
+    fitted, progress = fits["fit"], config.progress
+    test, key = fitted.prepare(data.test), judging_key(config)
+    labels = None
+    if config.guide == "per-datum":
+        test = Prepared(test)
+        fitted = fit_anew(config, fitted, test)
+    elif isinstance(config, LabelConfig) and "c" in test:
+        labels = label_check(
+            fitted,
+            test,
+            data.num_classes or 0,
+            key=random.key(config.seed),
+            num_samples=config.num_label_samples,
+            progress=progress,
+        )
+    return Judged(
+        elbo_terms(fitted, test, key=key, num_samples=10),
+        log_likelihood(fitted, test, key=key, num_samples=config.num_samples, progress=progress),
+        sample_posterior(fitted, test, key=key),
+        labels,
+    )
+
+
+def fit_anew(config: Config, fitted: Fit, test: Prepared) -> Fit:
+    """A fit of the test images: the models as they are, each with a new per-datum guide."""
+    guide = config.make_guide(fitted.model, len(test["x"]))
+    anew = [
+        fit(
+            Held(fitted.model, fitted.params_of(i)),
+            guide,
+            test,
+            optimizer=optax.adam(optax.cosine_decay_schedule(0.05, PER_DATUM_STEPS)),
+            num_steps=PER_DATUM_STEPS,
+            batch_size=len(test["x"]),
+            seed=config.seed,
+            progress=config.progress,
+        )
+        for i in range(fitted.num_seeds)
+    ]
+    own = jax.tree.map(lambda *params: jnp.concatenate(params), *(each.params for each in anew))
+    return replace(
+        fitted,
+        guide=guide,
+        params=fitted.params | own,
+        config=fitted.config | {"data": anew[0].config["data"]},
+        batch=anew[0].batch,
+    )
 
 
 def summarize(
-    name: str, config: Config, model: Any, fitted: Fit, judged: dict[str, Any], dataset: Dataset
+    config: Config,
+    data: Dataset,
+    fits: Fits,
+    judged: Judged,
+    published: Mapping[str, tuple[float, str]],
 ) -> dict[str, Any]:
-    """The numbers of ``result.json``."""
-    terms = judged["terms"]
-    test: dict[str, Any] = {
-        part: estimate([getattr(t, part) for t in terms])
-        for part in ("elbo", "reconstruction", "kl")
-    }
-    test["log_likelihood"] = estimate(judged["log_likelihood"])
-    high = [e.high_pareto_k for e in judged["log_likelihood"]]
-    threshold = pareto_k_threshold(config.num_samples)
-    test["pareto_k"] = None if None in high else estimate(high) | {"threshold": threshold}
+    """The numbers of ``result.json``.
+
+    Args:
+        config, data, fits, judged: as in ``Experiment``.
+        published: by preset, a log-likelihood of MNIST and its source.
+    """
+    model, terms = fits["fit"].model, judged.terms
+    likelihood, high = number(judged.log_likelihood), judged.log_likelihood.high_pareto_k
     num_dims = int(np.prod(model.x_shape))
-    test["bits_per_dim"] = {
-        "estimate": float(
-            model.likelihood.bits_per_dim(test["log_likelihood"]["estimate"], num_dims)
-        ),
-        "standard_error": test["log_likelihood"]["standard_error"] / (num_dims * np.log(2)),
-    }
-    per_dim = None  # where the divergence is no sum over dimensions
-    if terms[0].kl_per_dim:
-        values = np.stack([t.kl_per_dim["z"] for t in terms]).mean(0)
-        per_dim = {
-            "estimate": values.mean(0).tolist(),
-            "standard_error": (values.std(0) / np.sqrt(len(values))).tolist(),
-        }
-    variance, error = terms[0].activity["z"]
-    active = [int(t.active["z"].sum()) for t in terms]
-    settings = json.loads(json.dumps(asdict(config), default=str))
-    leaves = jax.tree.leaves(fitted.params)
-    return {
-        "experiment": name,
-        "config": settings,
-        "dataset": dataset.name,
-        "num_data": {
-            split: len(arrays["x"])
-            for split in ("train", "validation", "test")
-            if (arrays := getattr(dataset, split)) is not None
-        },
-        "num_parameters": sum(p.size for p in leaves) // config.num_seeds,
+    bits = model.likelihood.bits_per_dim(likelihood["estimate"], num_dims)
+    variance, error = terms.activity["z"]
+    per_dim = terms.kl_per_dim.get("z")  # None if the divergence is no sum over dimensions
+    summary = {
         "num_latents": model.num_latents,
-        "test": test,
-        "active_units": active[0] if len(active) == 1 else float(np.mean(active)),
+        "elbo": number(terms.elbo),
+        "reconstruction": number(terms.reconstruction),
+        "kl": number(terms.kl),
+        "log_likelihood": likelihood,
+        "published": None,
+        "pareto_k": high and number(high) | {"threshold": pareto_k_threshold(config.num_samples)},
+        "bits_per_dim": {
+            "estimate": float(bits),
+            "standard_error": likelihood["standard_error"] / (num_dims * np.log(2)),
+        },
+        "active_units": float(terms.active["z"].sum(1).mean()),
+        # by seed and dimension
         "activity": {"estimate": variance.tolist(), "standard_error": error.tolist()},
-        "kl_per_dim": per_dim,
-        "num_steps": fitted.info["num_steps"],
-        "seconds": {key: fitted.info["seconds"][key] for key in ("compile", "run")},
-        "device": fitted.info["device"],
-        "versions": fitted.info["versions"],
+        "kl_per_dim": None
+        if per_dim is None
+        else {
+            "estimate": per_dim.mean(1).tolist(),
+            "standard_error": (per_dim.std(1) / np.sqrt(per_dim.shape[1])).tolist(),
+        },
     }
+    as_published = data.name == "mnist" and model == vae.PRESETS[config.preset]
+    if as_published and config.guide == "mean-field" and config.preset in published:
+        value, source = published[config.preset]
+        summary["published"] = {"log_likelihood": value, "source": source}
+    if judged.labels is not None:
+        summary["labels"] = {
+            "information": number(judged.labels.information),
+            "greatest_information": float(np.log(judged.labels.log_likelihood.shape[2])),
+            "accuracy": number(judged.labels.accuracy),
+        }
+    return summary
 
 
-def table(result: dict[str, Any], published: tuple[float, str] | None) -> str:
-    """The result as a person reads it, the published number beside it."""
-    test, seconds, num_data = result["test"], result["seconds"], result["num_data"]
+def tree(config: Config, data: Dataset, fits: Fits, judged: Judged) -> DataTree:
+    """The fit, and of every test image its judged numbers and a draw of z."""
+    return to_datatree(
+        fits["fit"],
+        judged.terms,
+        judged.log_likelihood,
+        *(() if judged.labels is None else (judged.labels,)),
+        posterior=judged.draws,
+        constant_data={"c": data.test["c"]} if "c" in data.test else None,
+        dims={"z": ["data", "latent"]},
+    )
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as a person reads it, with the published number beside it."""
+    num_data, published, pareto_k = (result[n] for n in ("num_data", "published", "pareto_k"))
     rows = [
-        (name.replace("_", " "), test[name], 3, "")
+        (name.replace("_", " "), result[name], 3, "")
         for name in ("elbo", "reconstruction", "kl", "log_likelihood")
     ]
     if published:
-        rows[-1] = (*rows[-1][:3], f"{published[0]:.2f}")
-    rows.append(("bits per dimension", test["bits_per_dim"], 4, ""))
-    pareto_k = test.get("pareto_k")
+        rows[-1] = (*rows[-1][:3], f"{published['log_likelihood']:.2f}")
+    rows.append(("bits per dimension", result["bits_per_dim"], 4, ""))
     if pareto_k:
         rows.append((f"share with k-hat >= {pareto_k['threshold']:.2f}", pareto_k, 4, ""))
     if "labels" in result:
@@ -461,104 +484,59 @@ def table(result: dict[str, Any], published: tuple[float, str] | None) -> str:
         disable_numparse=True,
         colalign=("left", *["right"] * 3),
     )
-    likelihood = test["log_likelihood"]
+    likelihood = result["log_likelihood"]
     return (
-        f"\n{result['dataset']}: {num_data['train']} training and {num_data['test']} test images; "
+        f"{result['dataset']}: {num_data['train']} training and {num_data['test']} test images; "
         f"{result['num_parameters']} parameters\n\n{body}\n\n"
         f"log likelihood: {likelihood['num_samples']} importance samples per image, Monte Carlo "
         f"error {likelihood['monte_carlo_error']:.3f}"
         + ("" if pareto_k else f"; k-hat: not available, needs {FEWEST_FOR_TAIL} samples")
-        + (f"; target: {published[1]}" if published else "")
-        + f"\nactive units: {result['active_units']} of {result['num_latents']}\n"
-        f"{result['device']}: compiling {seconds['compile']:.1f} s, training "
-        f"{seconds['run']:.1f} s, judging {seconds['evaluate']:.1f} s, in all "
-        f"{seconds['total']:.1f} s\n"
+        + (f"; target: {published['source']}" if published else "")
+        + f"\nactive units: {result['active_units']:g} of {result['num_latents']}"
     )
 
 
-def run(
-    name: str, config: Config, published: Mapping[str, tuple[float, str]] | None = None
-) -> dict[str, Any]:
-    """Trains, judges, draws and writes; or reads what the same command wrote before.
+def figures(
+    config: Config, data: Dataset, fits: Fits, judged: Judged, result: dict[str, Any]
+) -> dict[str, Figure]:
+    """The figures of a run. They show its first seed, but the traces of all."""
+    fitted, z_loc = fits["fit"], judged.terms.z_loc
+    test, words = fitted.prepare(data.test), f"{result['experiment']} on {data.name}"
+    c = None if "c" not in test else np.arange(data.num_classes or 0, dtype=test["c"].dtype)
+    drawn = {
+        "elbo": pictures.elbo_traces(fitted, words, result["elbo"]["estimate"]),
+        "reconstructions": pictures.reconstructions(fitted, test, words, z_loc),
+        "samples": pictures.samples(fitted, words, c),
+        "interpolations": pictures.interpolations(fitted, test, words, z_loc),
+    }
+    last = None if c is None else c[-1]
+    if result["num_latents"] == 2:
+        return drawn | {"latents": pictures.plane(fitted, words, last)}
+    name = "kl_per_dim" if result["kl_per_dim"] else "activity"
+    measure = "its KL (nats)" if result["kl_per_dim"] else "variance of its mean"
+    holds = np.array(result[name]["estimate"][0])
+    return drawn | {"latents": pictures.traversals(fitted, words, holds, measure, last)}
+
+
+def experiment(
+    name: str, config: type, published: Mapping[str, tuple[float, str]] | None = None
+) -> Experiment:
+    """A script on images.
 
     Args:
-        name: the experiment's.
-        config: a ``LabelConfig`` for images given their label.
-        published: by preset, a log-likelihood of MNIST and where it stands.
+        name: the script's name.
+        config: its settings, a subclass of ``Config``.
+        published: by preset, a log-likelihood of MNIST and its source.
     """
-    began = time.perf_counter()
-    dataset = config.data()
-    model = config.model(dataset)
-    directory = Run(name, config)
-    result = directory.read("result.json")
-    if result is None:
-        import_ahead("orbax.checkpoint", "matplotlib.backends.backend_agg", "arviz_stats")
-        guide = config.make_guide(model, len(dataset.train["x"]))
-        fitted = train(config, model, guide, dataset, directory.path / "checkpoints")
-        judging = time.perf_counter()
-        test = held_out(model, dataset.test)
-        judged = judge(config, model, guide, fitted.params, test)
-        result = summarize(name, config, model, fitted, judged, dataset)
-        # numbers of each datum know its own label alone
-        if isinstance(config, LabelConfig) and "c" in test and config.guide != "per-datum":
-            result["labels"] = check_labels(config, model, guide, fitted, test)
-        result["seconds"]["evaluate"] = time.perf_counter() - judging
-        z_loc = judged["terms"][0].z_loc["z"]
-        pictures.draw(result, model, fitted, z_loc, test, directory.path)
-        write_trace(directory.path / "trace.nc", fitted, judged, test, result)
-        result["seconds"]["total"] = time.perf_counter() - began
-        directory.write("result.json", result)
-    as_published = dataset.name == "mnist" and model == vae.PRESETS[config.preset]
-    as_published &= config.guide == "mean-field"
-    target = (published or {}).get(config.preset) if as_published else None
-    print(table(result, target))
-    print(f"written to {directory.path}")
-    return result
-
-
-def check_labels(
-    config: LabelConfig, model: Any, guide: Any, fitted: Fit, test: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What the first seed's model knows of the labels."""
-    num_classes = model.condition.num_classes
-    check = label_check(
-        model,
-        guide,
-        pictures.of_seed(fitted.params, 0),
-        test,
-        num_classes,
-        key=random.key(config.seed),
-        num_samples=config.num_label_samples,
-        progress=config.progress,
+    return Experiment(
+        name=name,
+        config=config,
+        data=config.data,
+        programs=programs,
+        training=training,
+        judge=judge,
+        summarize=partial(summarize, published=published or {}),
+        tree=tree,
+        figures=figures,
+        table=table,
     )
-    return {
-        "information": estimate([check.information]),
-        "greatest_information": float(np.log(num_classes)),
-        "accuracy": estimate([check.accuracy]),
-    }
-
-
-def write_trace(
-    path: Path,
-    fitted: Fit,
-    judged: Mapping[str, Any],
-    test: Mapping[str, Any],
-    result: Mapping[str, Any],
-) -> None:
-    """ELBO traces, and of every test image its log-likelihood and a draw of z, for ArviZ."""
-    likelihoods = judged["log_likelihood"]
-    evaluation = {"elbo": np.stack([t.elbo.pointwise for t in judged["terms"]])}
-    if likelihoods[0].pareto_k is not None:
-        evaluation["pareto_k"] = np.stack([e.pareto_k for e in likelihoods])
-    tree = to_datatree(
-        fitted,
-        posterior={"z": np.stack([np.asarray(z) for z in judged["z"]])[:, None]},
-        log_likelihood={"x": np.stack([e.pointwise for e in likelihoods])[:, None]},
-        evaluation=evaluation,
-        constant_data={"c": test["c"]} if "c" in test else None,
-        dims={"z": ["datum", "latent"], "x": ["datum"], "c": ["datum"]},
-    )
-    tree.attrs |= trace_attributes(
-        result["experiment"], result["config"], result["dataset"], test
-    ) | {"num_samples": likelihoods[0].num_samples}
-    tree.to_netcdf(path, engine="h5netcdf")

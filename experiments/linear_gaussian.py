@@ -1,36 +1,32 @@
-"""Fit the linear-Gaussian model to images by stochastic gradients, beside what is exactly true.
+"""Fit the linear-Gaussian model to images by stochastic gradients, and compare with exact answers.
 
     python experiments/linear_gaussian.py --num-latents 20 --num-steps 6000
 
-The model and what is known of it are in ``models/linear_gaussian.py``: the greatest likelihood of
-exactly these images, and what each guide must lose. Each guide is trained twice.
+The model and its formulas are in ``models/linear_gaussian.py``: the greatest likelihood of exactly
+these images, and the least loss of each guide. Each guide is trained twice.
 
-1. Together with the model. Every family that holds a Gaussian with independent dimensions must
-   arrive at the maximum of the likelihood, for the model is free to turn its latent axes to where
-   that guide is exact.
-2. To a model that is held: what the first guide has learnt, its latent axes turned at random, so
-   that the likelihood is the same. There the guide with full covariance must lose nothing, and the
-   mean-field guide just its gap.
+1. With the model. Every family that contains the Gaussians with independent dimensions must reach
+   the maximum of the likelihood, because the model can rotate its latent axes.
+2. With the model held. It is the model that the first guide has learnt, rotated at random. The
+   rotation keeps the likelihood. Full covariance loses nothing there, and mean field its known gap.
 
-Nothing of the solution is used in the training, and ``result.json`` has every number with what it
-should be. Stochastic gradients arrive because
+The training uses nothing of the solution. ``result.json`` has every number beside its target.
+Stochastic gradients get there for three reasons:
 
-- the images are shifted by the mean of the *test* images, so that the encoders' inputs are nearly
-  centred. It changes no density but where it lies, and b has still to be found;
-- Adam forgets the gradients of the first steps, which are a thousand times the later ones where
-  sigma is held (``b2`` = 0.99), and its steps grow over the first tenth of the run;
-- the learning rate then falls to zero along a cosine, and the last part of the path is averaged.
+- The images are shifted by the mean of the *test* images. So the encoders' inputs are nearly
+  centred. The shift changes no density but its place, and b has still to be found.
+- Adam forgets the gradients of the first steps (``b2`` = 0.99), and its steps grow over the first
+  tenth of the run. With sigma held, the first gradients are a thousand times the later ones.
+- The learning rate then falls to zero along a cosine, and the last part of the path is averaged.
 
-A batch's ELBO varies by several nats, more than what is to be seen: the traces are those of the
-ELBO of all the images.
+The ELBO of a batch varies by several nats, more than the effects to be seen. So the traces are
+those of all images.
 """
 
-import json
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -39,21 +35,29 @@ from jax import random
 from jaxtyping import Float
 from tabulate import tabulate
 
-from experiments.datasets import load
-from experiments.pictures import of_seed
-from experiments.runs import Run, check_least, check_positive, command_line, import_ahead
-from inference import Fit, Held, fit, pointwise_elbo, to_datatree
+from experiments.datasets import Record, load
+from experiments.experiment import Experiment, Fits
+from experiments.runner import number, run
+from experiments.settings import check_fraction, check_least, check_positive, command_line
+from inference import Estimate, Fit, Held, pointwise_elbo, to_datatree
 from models import guides, linear_gaussian
 from models.conditions import Labels
 
-# The best gap of each family for a model's parameters, or None where it has no formula.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from xarray import DataTree
+else:  # slow to import
+    DataTree = Figure = Any
+
+# The least gap of each family for a model's parameters, or None if it has no formula.
 GAPS: dict[str, Callable[[Mapping[str, Any]], float] | None] = {
     "full-covariance": lambda params: 0.0,
     "mean-field": lambda params: float(linear_gaussian.mean_field_gap(params)),
     "low-rank": None,
     "flow": None,
 }
-NUM_EVALUATIONS = 20  # of the ELBO of all images, along the training
+NUM_EVALUATIONS = 20  # How often the ELBO of all images is evaluated during a training.
+BATCH = 1_000  # Images that are judged together.
 
 
 @dataclass(frozen=True)
@@ -61,22 +65,23 @@ class Config:
     """Settings of the linear-Gaussian model of images.
 
     Attributes:
-        dataset: mnist, svhn, digits, the path of a user's own .npz or .npy, or auto for MNIST
-            where it can be had and digits elsewhere.
-        data_dir: directory with the data set's files, compressed or not, to read offline.
-        num_train: the first so many of the training images; all unless given.
-        given_label: whether the images are given their label.
-        num_latents: dimensions of z.
-        guides: full-covariance, mean-field, low-rank, flow; the first one's model is held.
-        num_steps: steps of the optimiser, of each of the fits.
-        batch_size: images per step; 500, or all there are if fewer, unless given.
-        learning_rate: Adam's greatest, after a tenth of the run; it falls to zero along a cosine.
-        average: fraction of the run, at its end, over which parameters are averaged.
-        num_samples: draws of z per image, to judge the ELBO.
-        num_seeds: restarts trained together.
-        seed: of the first restart.
-        out: directory of the run; a fresh one under runs/ unless given.
-        progress: whether to show progress bars.
+        dataset: mnist, svhn, digits, the path of your own .npz or .npy file, or auto. auto is
+            MNIST if it can be loaded, and else digits.
+        data_dir: Directory with the data set's files, compressed or not, to read offline.
+        num_train: Number of training images, the first ones. Default: all.
+        given_label: Whether the images are given their label.
+        num_latents: Dimensions of z.
+        guides: Some of full-covariance, mean-field, low-rank, flow. The model of the first is held.
+        num_steps: Steps of the optimiser in each fit.
+        batch_size: Images per step. Default: 500, or all images if there are fewer.
+        learning_rate: Greatest learning rate of Adam, after a tenth of the run. It falls to zero
+            along a cosine.
+        average: Fraction of the run, at its end, over which parameters are averaged.
+        num_samples: Draws of z per image, to judge the ELBO.
+        num_seeds: Number of restarts. They are trained together.
+        seed: Random seed of the first restart.
+        out: Directory of the run. Default: a new one in runs/.
+        progress: Whether to show progress bars.
     """
 
     dataset: str = "auto"
@@ -105,63 +110,72 @@ class Config:
         check_least(1, self, "num_samples", "num_seeds")
         check_least(0, self, "seed")
         check_positive(self, "learning_rate")
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average: expected a fraction below 1, got {self.average}")
+        check_fraction(self, "average")
 
-    def data(self) -> tuple[dict[str, np.ndarray], linear_gaussian.Model, str]:
-        """Grey levels less the test images' mean, their model, and what they are called."""
-        dataset = load(
-            self.dataset, data_dir=self.data_dir, num_validation=0, progress=self.progress
-        )
-        x, test = dataset.train["x"][: self.num_train], dataset.test["x"]
-        white = np.float32(255 if x.dtype == np.uint8 else 1)
-        shift = (test.mean(0, dtype=np.float64) / white).astype(np.float32)
-        data = {"x": x.astype(np.float32) / white - shift}
-        condition = None
-        if self.given_label:
-            if dataset.num_classes is None:
-                raise ValueError(
-                    f"dataset: expected labels, and {dataset.name} has none; add them to the file "
-                    f"as c, or leave out --given-label"
-                )
-            data["c"] = dataset.train["c"][: self.num_train]
-            condition = Labels(dataset.num_classes)
-        model = linear_gaussian.Model(dataset.x_shape, self.num_latents, condition)
-        return data, model, dataset.name
+    def model(self, record: Record) -> linear_gaussian.Model:
+        """The model of these images."""
+        condition = Labels(record.num_classes or 0) if self.given_label else None
+        return linear_gaussian.Model(record.x_shape, self.num_latents, condition)
 
 
-def train(
-    config: Config,
-    model: Callable[..., None],
-    guide: Callable[..., None],
-    data: dict[str, np.ndarray],
-    checkpoint: Path | None = None,
-) -> Fit:
-    """Fits model and guide, or the guide alone where the model is held."""
-    num_data = len(data["x"])
-    batch_size = config.batch_size or min(500, num_data)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.num_steps // 10, config.num_steps
+# --- data, programs, training ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images, and what is exactly true of them.
+
+    Attributes:
+        record: what the model needs to know.
+        train: ``x``, grey levels less the mean of the test images, and perhaps labels ``c``. They
+            are judged too.
+        maximum: the maximum-likelihood parameters by name.
+    """
+
+    record: Record
+    train: dict[str, np.ndarray]
+    maximum: dict[str, np.ndarray]
+
+
+def images(config: Config) -> Data:
+    """The data of a run."""
+    dataset = load(
+        config.dataset, data_dir=config.data_dir, num_validation=0, progress=config.progress
     )
-    return fit(
-        model,
-        guide,
-        data,
-        optimizer=optax.adam(schedule, b2=0.99),
-        num_steps=config.num_steps,
-        batch_size=batch_size,
-        num_seeds=config.num_seeds,
-        seed=config.seed,
-        average=config.average,
-        validation=data,  # the same: the trace of the ELBO of all the images
-        validate_every=max(1, config.num_steps // NUM_EVALUATIONS),
-        checkpoint=checkpoint,
-        progress=config.progress,
+    dataset = replace(
+        dataset, train={name: array[: config.num_train] for name, array in dataset.train.items()}
     )
+    x, test = dataset.train["x"], dataset.test["x"]
+    white = np.float32(255 if x.dtype == np.uint8 else 1)
+    shift = (test.mean(0, dtype=np.float64) / white).astype(np.float32)
+    data = {"x": x.astype(np.float32) / white - shift}
+    if config.given_label:
+        if dataset.num_classes is None:
+            raise ValueError(
+                f"dataset: expected labels, and {dataset.name} has none; add them to the file as "
+                f"c, or leave out --given-label"
+            )
+        data["c"] = dataset.train["c"]
+    maximum, _ = linear_gaussian.maximum_likelihood(config.model(dataset.record), data)
+    return Data(dataset.record, data, maximum)
 
 
-def hold(model: linear_gaussian.Model, params: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The model's own among the parameters, with z turned at random.
+def programs(config: Config, record: Record, name: str, fits: Fits) -> tuple[Any, Any]:
+    """The model and its guide. ``held/...`` has the model held that the first fit has learnt."""
+    (kind, guide), model = name.split("/"), config.model(record)
+    program = (
+        model if kind == "trained" else hold(model, fits[first(config)].params_of(0), config.seed)
+    )
+    return program, guides.make(guide, model)
+
+
+def first(config: Config) -> str:
+    """The name of the first fit."""
+    return f"trained/{config.guides[0]}"
+
+
+def hold(model: linear_gaussian.Model, params: Mapping[str, Any], seed: int) -> Held:
+    """The model with its parameters held and z rotated at random.
 
     z -> R z changes neither p(z) nor, with W -> W R, p(x | c).
     """
@@ -169,153 +183,95 @@ def hold(model: linear_gaussian.Model, params: Mapping[str, Any], seed: int) -> 
     held = {name: np.asarray(params[name]) for name in names}
     noise = np.random.default_rng(seed).normal(size=(model.num_latents, model.num_latents))
     held["W"] = (held["W"] @ np.linalg.qr(noise)[0]).astype(np.float32)
-    return held
+    return Held(model, held)
 
 
-def by_datum(
-    function: Callable[..., Any], data: Mapping[str, np.ndarray], size: int = 1_000
+def training(config: Config, data: Data, name: str, fits: Fits) -> dict[str, Any]:
+    """The settings of ``fit``, the same for every fit."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.num_steps // 10, config.num_steps
+    )
+    return {
+        "optimizer": optax.adam(schedule, b2=0.99),
+        "num_steps": config.num_steps,
+        "batch_size": config.batch_size or min(500, len(data.train["x"])),
+        "num_seeds": config.num_seeds,
+        "seed": config.seed,
+        "average": config.average,
+        "validation": data.train,  # the same: the trace of the ELBO of all images
+        "validate_every": max(1, config.num_steps // NUM_EVALUATIONS),
+    }
+
+
+# --- judging --------------------------------------------------------------------------------------
+
+
+def log_likelihood(
+    model: linear_gaussian.Model, params: Mapping[str, Any], data: Mapping[str, np.ndarray]
 ) -> Float[np.ndarray, " N"]:
-    """``function(batch, number of the batch)`` on all the data, ``size`` at a time."""
-    compiled = jax.jit(function)
-    starts = range(0, len(data["x"]), size)
-    parts = [
-        compiled({name: array[start : start + size] for name, array in data.items()}, i)
-        for i, start in enumerate(starts)
-    ]
+    """The exact log p(x | c) of every image, a part of them at a time."""
+    compiled = jax.jit(lambda batch: linear_gaussian.log_likelihood(model, params, batch))
+    starts = range(0, len(data["x"]), BATCH)
+    parts = [compiled({n: a[start : start + BATCH] for n, a in data.items()}) for start in starts]
     return np.concatenate(parts).astype(np.float64)
 
 
-def judge(
-    config: Config,
-    name: str,
-    model: linear_gaussian.Model,
-    params: list[dict[str, Any]],
-    data: dict[str, np.ndarray],
-    best: Float[np.ndarray, " N"],
-) -> dict[str, Any]:
-    """One fit's numbers, in nats per datum, each with its standard error over the images.
-
-    Args:
-        config: for the number of draws.
-        name: of the guide.
-        model: with neither parameter held.
-        params: of model and guide together, by seed.
-        data: all the images.
-        best: log p(x | c) of every image at the maximum of the likelihood.
-    """
-    guide, key = guides.GUIDES[name](model), random.key(config.seed)
-    elbos, likelihoods, gaps = [], [], []
-    for own in params:
-
-        def bound(batch: Any, i: Any, own: dict[str, Any] = own) -> Any:
-            draws = {"key": random.fold_in(key, i), "num_samples": config.num_samples}
-            return pointwise_elbo(model, guide, own, batch, **draws)
-
-        def exact(batch: Any, i: Any, own: dict[str, Any] = own) -> Any:
-            return linear_gaussian.log_likelihood(model, own, batch)
-
-        elbos.append(by_datum(bound, data))
-        likelihoods.append(by_datum(exact, data))
-        gap = GAPS[name]
-        gaps.append(None if gap is None else gap(own))
-    elbo, likelihood = np.array(elbos), np.array(likelihoods)
-    return {
-        "elbo": estimate(elbo),
-        "log_likelihood": estimate(likelihood),
-        "below_maximum": estimate(best - elbo),
-        "gap": estimate(likelihood - elbo),
-        "best_gap": None if None in gaps else float(np.mean(gaps)),
-        "sigma": float(np.mean([own["sigma"] for own in params])),
-    }
+def params_of(fitted: Fit, seed: int) -> dict[str, Any]:
+    """The parameters of one seed, those of a held model among them."""
+    held = fitted.model.params if isinstance(fitted.model, Held) else {}
+    return fitted.params_of(seed) | held
 
 
-def estimate(values: Float[np.ndarray, "seed N"]) -> dict[str, Any]:
-    """The mean over seeds and data, and its standard error over the data."""
-    pointwise = values.mean(0)
-    return {
-        "estimate": float(pointwise.mean()),
-        "standard_error": float(pointwise.std() / np.sqrt(len(pointwise))),
-        "per_seed": values.mean(1).tolist(),
-    }
-
-
-def main(config: Config) -> dict[str, Any]:
-    """Fit the linear-Gaussian model to images, and hold it against its formulas."""
-    began = time.perf_counter()
-    data, model, name = config.data()
-    maximum, best_likelihood = linear_gaussian.maximum_likelihood(model, data)
-    run = Run("linear_gaussian", config)
-    result = run.read("result.json")
-    if result is None:
-        import_ahead("orbax.checkpoint", "matplotlib.backends.backend_agg", "arviz_base")
-        best = by_datum(
-            lambda batch, i: linear_gaussian.log_likelihood(model, maximum, batch), data
+def judge(config: Config, data: Data, fits: Fits) -> dict[str, tuple[Estimate, Estimate]]:
+    """By fit, the ELBO and the exact log-likelihood of every seed and image."""
+    model, key, judged = config.model(data.record), random.key(config.seed), {}
+    for name, fitted in fits.items():
+        elbo = pointwise_elbo(
+            fitted, data.train, key=key, num_samples=config.num_samples, batch_size=BATCH
         )
-        fits: dict[str, Fit] = {}
-        rows: dict[str, Any] = {}
-        held: dict[str, Any] = {}
-        for kind in ("trained", "held"):
-            for guide in config.guides:
-                program = Held(model, held) if kind == "held" else model
-                label = f"{kind}/{guide}"
-                fitted = fits[label] = train(
-                    config,
-                    program,
-                    guides.GUIDES[guide](model),
-                    data,
-                    run.path / "checkpoints" / kind / guide,
-                )
-                params = [of_seed(fitted.params, i) | held for i in range(config.num_seeds)]
-                rows[label] = judge(config, guide, model, params, data, best)
-            first = fits[f"trained/{config.guides[0]}"]
-            held = held or hold(model, of_seed(first.params, 0), config.seed)
-        result = {
-            "experiment": "linear_gaussian",
-            "config": json.loads(json.dumps(asdict(config), default=str)),
-            "dataset": {"name": name, "num_train": len(data["x"])},
-            "maximum": {
-                "log_likelihood": best_likelihood,
-                "standard_error": float(best.std() / np.sqrt(len(best))),
-                "sigma": float(maximum["sigma"]),
-            },
-            "fits": rows,
-            "seconds": {
-                part: sum(f.info["seconds"][part] for f in fits.values())
-                for part in first.info["seconds"]
-            },
-            "device": first.info["device"],
-            "versions": first.info["versions"],
+        params = [params_of(fitted, i) for i in range(fitted.num_seeds)]
+        exact = np.stack([log_likelihood(model, own, data.train) for own in params])
+        judged[name] = elbo, Estimate("log_likelihood", exact, 0, elbo.data)
+    return judged
+
+
+def summarize(config: Config, data: Data, fits: Fits, judged: Any) -> dict[str, Any]:
+    """The numbers of ``result.json``, each beside its target."""
+    best = log_likelihood(config.model(data.record), data.maximum, data.train)
+    rows = {}
+    for name, (elbo, exact) in judged.items():
+        gap = GAPS[name.split("/")[1]]
+        params = [params_of(fits[name], i) for i in range(config.num_seeds)]
+        rows[name] = {
+            "elbo": number(elbo),
+            "log_likelihood": number(exact),
+            "below_maximum": number(replace(elbo, pointwise=best - elbo.pointwise)),
+            "gap": number(replace(elbo, pointwise=exact.pointwise - elbo.pointwise)),
+            "best_gap": None if gap is None else float(np.mean([gap(own) for own in params])),
+            "sigma": float(np.mean([own["sigma"] for own in params])),
         }
-        draw_elbo(config, fits, result, run.path / "elbo.png")
-        save_traces(fits, run.path / "trace.nc")
-        result["seconds"]["total"] = time.perf_counter() - began
-        run.write("result.json", result)
-    print(table(result))
-    print(f"written to {run.path}")
-    return result
+    maximum = number(Estimate("log_likelihood", best[None], 0, {}))
+    return {
+        "elbo": rows[first(config)]["elbo"],
+        "log_likelihood": rows[first(config)]["log_likelihood"],
+        "maximum": {"log_likelihood": maximum, "sigma": float(data.maximum["sigma"])},
+        "fits": rows,
+    }
 
 
-def save_traces(fits: Mapping[str, Fit], path: Path) -> None:
-    """One ArviZ tree for each fit, ``tree["held/mean-field"]``, in one file."""
-    from xarray import DataTree
-
-    trees = {label: to_datatree(fitted) for label, fitted in fits.items()}
-    tree = DataTree.from_dict(
-        {
-            f"{label}/{node.path.strip('/')}".rstrip("/"): node.to_dataset()
-            for label, whole in trees.items()
-            for node in whole.subtree
-        }
-    )
-    tree.attrs["experiment"] = "linear_gaussian"
-    tree.to_netcdf(path, engine="h5netcdf")
+def tree(config: Config, data: Data, fits: Fits, judged: Any) -> DataTree:
+    """The first fit. The others are in groups of their names, ``tree["held/mean-field"]``."""
+    whole = to_datatree(fits[first(config)], *judged[first(config)])
+    for name in [name for name in fits if name != first(config)]:
+        whole[name] = to_datatree(fits[name], *judged[name])
+    return whole
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """The result as a person reads it: each number beside its target."""
-    rows, maximum = [], result["maximum"]
-    for label, row in result["fits"].items():
-        kind, guide = label.split("/")
+    rows, maximum = [], result["maximum"]["log_likelihood"]
+    for name, row in result["fits"].items():
+        kind, guide = name.split("/")
         gap, below = row["gap"], row["below_maximum"]
         rows.append(
             (
@@ -324,61 +280,85 @@ def table(result: dict[str, Any]) -> str:
                 f"{row['elbo']['estimate']:.3f}",
                 f"{below['estimate']:.3f} +- {below['standard_error']:.3f}",
                 f"{row['log_likelihood']['estimate']:.3f}",
-                f"{maximum['log_likelihood']:.3f}",
+                f"{maximum['estimate']:.3f}",
                 f"{gap['estimate']:.3f} +- {gap['standard_error']:.3f}",
                 "no formula" if row["best_gap"] is None else f"{row['best_gap']:.3f}",
             )
         )
-    headers = (
-        "guide",
-        "model",
-        "ELBO",
-        "below maximum",
-        "log-likelihood",
-        "maximum",
-        "gap",
-        "best gap",
-    )
+    headers = ("guide", "model", "ELBO", "below maximum", "log-likelihood", "maximum")
+    headers += ("gap", "best gap")
     body = tabulate(rows, headers, disable_numparse=True, colalign=("left",) * 2 + ("right",) * 6)
-    config, seconds, dataset = result["config"], result["seconds"], result["dataset"]
+    config = result["config"]
     seeds = f"{config['num_seeds']} seed" + "s" * (config["num_seeds"] > 1)
     return (
-        f"\n{body}\n\n"
-        f"Nats per datum. Log-likelihood: exact, of the fitted model; maximum: its closed form, of "
-        f"these images,\nwhich as an estimate for others of their kind has a standard error of "
-        f"{maximum['standard_error']:.3f}. Gap: log-likelihood - ELBO;\nbest gap: the least that "
-        f"any guide of the family has for this model, in closed form.\n"
-        f"{dataset['num_train']} images of {dataset['name']}, {config['num_latents']} latents, "
-        f"{seeds}, {config['num_steps']} steps on {result['device']}; compiling "
-        f"{seconds['compile']:.1f} s, training {seconds['run']:.1f} s, in all "
-        f"{seconds['total']:.1f} s"
+        f"{body}\n\n"
+        f"Nats per datum. Log-likelihood: exact, of the fitted model. Maximum: its closed form, of "
+        f"these images.\nAs an estimate for others of their kind it has a standard error of "
+        f"{maximum['standard_error']:.3f}. Gap: log-likelihood - ELBO.\n"
+        f"Best gap: the least that any guide of the family has for this model, in closed form.\n"
+        f"{result['num_data']['train']} images of {result['dataset']}, {config['num_latents']} "
+        f"latents, {seeds}, {config['num_steps']} steps"
     )
 
 
-def draw_elbo(config: Config, fits: Mapping[str, Fit], result: dict[str, Any], path: Path) -> None:
-    """The ELBO of all the images along the training, with the maximum and the predicted levels."""
+# --- figures --------------------------------------------------------------------------------------
+
+
+def figures(
+    config: Config, data: Data, fits: Fits, judged: Any, result: dict[str, Any]
+) -> dict[str, Figure]:
+    """The figures of a run."""
+    return {"elbo": elbo_figure(fits, result)}
+
+
+def elbo_figure(fits: Fits, result: Mapping[str, Any]) -> Figure:
+    """The ELBO of all images during the training, with the maximum and the predicted levels."""
     from matplotlib.figure import Figure
 
-    titles = {"trained": "Model trained with the guide", "held": "Model held, latent axes turned"}
-    maximum = result["maximum"]["log_likelihood"]
+    titles = {"trained": "Model trained with the guide", "held": "Model held, latent axes rotated"}
+    maximum = result["maximum"]["log_likelihood"]["estimate"]
     lowest = min(row["elbo"]["estimate"] for row in result["fits"].values())
     room = max(0.5, 3 * (maximum - lowest))
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
         axes.axhline(maximum, color="black", ls="--", lw=1.2, label="maximum of the likelihood")
-        for i, guide in enumerate(config.guides):
-            label, color = f"{kind}/{guide}", f"C{i}"
-            row, fitted = result["fits"][label], fits[f"{kind}/{guide}"]
+        for i, guide in enumerate(result["config"]["guides"]):
+            row, fitted, color = result["fits"][f"{kind}/{guide}"], fits[f"{kind}/{guide}"], f"C{i}"
             traces, steps = np.array(fitted.validation_elbo), fitted.info["validation_steps"]
             for j, trace in enumerate(traces):
                 axes.plot(steps, trace, "o-", color=color, ms=3, lw=1, label=None if j else guide)
             if kind == "held" and row["best_gap"] is not None:
                 level = row["log_likelihood"]["estimate"] - row["best_gap"]
                 axes.axhline(level, color=color, ls=":", lw=1.6, label=f"{guide}: log p - best gap")
-        axes.set(title=title, xlabel="step", ylim=(maximum - room, maximum + 0.15 * room))
+        axes.set(
+            title=title,
+            xlabel="training (steps)",
+            ylabel="ELBO of all images (nats per datum)",
+            ylim=(maximum - room, maximum + 0.15 * room),
+        )
         axes.legend(loc="lower right", fontsize="small")
-    figure.axes[0].set_ylabel("ELBO of all images (nats per datum)")
-    figure.savefig(path, dpi=120)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="linear_gaussian",
+    config=Config,
+    data=images,
+    programs=programs,
+    training=training,
+    judge=judge,
+    summarize=summarize,
+    tree=tree,
+    figures=figures,
+    table=table,
+    names=lambda config: [f"{kind}/{g}" for kind in ("trained", "held") for g in config.guides],
+    main=first,
+)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Fit the linear-Gaussian model to images, and compare it with its formulas."""
+    return run(EXPERIMENT, config)
 
 
 if __name__ == "__main__":

@@ -1,179 +1,491 @@
-"""What every experiment shares: its command line and its run directory.
+"""Runs on disk: open one again, list those that are there.
 
-A run directory holds ``config.json`` from the start and ``result.json`` at the end. The same
-command finds its own directory again and goes on where it was killed; another run's directory
-is never touched.
+    python experiments/runs.py
+
+prints a table of the runs in ``runs/``. In Python:
+
+    run = runs.load("runs/mnist_vae-20261124-101500")
+    run.config, run.fit, run.tree, run.result, run.data()
+    runs.table("runs")
+
+A run directory holds
+
+- ``config.json``: the settings, what the model needs to know of the data, the data's hashes
+- ``result.json``: the numbers, the device, versions and seconds. A run that has it is finished
+- ``trace.nc``: the ELBO traces and the judged numbers by datum, for ArviZ
+- ``fits/``: the fits, as ``Fit.save`` writes them
+- figures
+
+The same command finds its own directory again and goes on where it was killed. The directory of
+another run is never touched.
 """
 
 import contextlib
 import dataclasses
 import datetime
-import gc
+import hashlib
 import importlib
-import io
+import importlib.metadata
 import json
 import os
-import re
-import sys
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
+import numpy as np
+from filelock import FileLock, Timeout
+from tabulate import tabulate
+from tyro.conf import Positional
 
-from inference.describe import describe_arrays
+from experiments.experiment import Experiment
+from experiments.settings import command_line, from_json, to_json
 
-UNSAVED = ("out", "progress")  # settings that change where a run is and how it looks, not what
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from xarray import DataTree
 
+    from inference import Fit
+else:  # slow to import
+    DataFrame = DataTree = Fit = Any
 
-def command_line(main: Callable[[Any], Any], config_type: type) -> None:
-    """Runs ``main`` with a configuration from the command line.
-
-    A setting, file or data set that cannot be used is one line on standard error and exit
-    status 2.
-    """
-    complaint = io.StringIO()
-    gc.freeze()  # what is imported stays; looking through it again, at exit too, takes a second
-    try:
-        with contextlib.redirect_stderr(complaint):
-            config = tyro.cli(config_type)
-        main(config)
-        gc.freeze()
-    except (ValueError, FloatingPointError, OSError, MemoryError) as error:
-        _leave(str(error))
-    except SystemExit as error:
-        if error.code:
-            _leave(re.sub(r"^╭─.*|For full helptext.*|[│╰╯─]", "", complaint.getvalue()))
-        raise
+FORMAT = 1  # The layout of a run directory. It rises when an older version cannot read it.
+IDENTITY = ("experiment", "settings", "record", "data")  # what makes two runs the same
 
 
-def check_least(least: int, config: Any, *names: str) -> None:
-    """Raises ValueError where one of the settings ``names`` is given, and below ``least``."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+class RunError(ValueError):
+    """A directory that cannot be read as a run, or data that are not the run's."""
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """Raises ValueError where one of the settings ``names`` is given, and not above zero."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name}: expected a positive number, got {value}")
+# --- one run --------------------------------------------------------------------------------------
 
 
-def check_known(config: Any, **known: Iterable[str]) -> None:
-    """Raises ValueError where a setting is given, and not one of those known by its name."""
-    for name, choices in known.items():
-        value = getattr(config, name)
-        if value is not None and value not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-def import_ahead(*modules: str) -> None:
-    """Imports modules in the background, while the compiler leaves Python idle.
-
-    ArviZ and Matplotlib take as long to import as a small model to train.
-    """
-    for module in modules:
-        threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
-
-
-def _leave(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
+@dataclass(frozen=True, repr=False)
 class Run:
-    """One run's directory.
+    """A finished run, as ``load`` reads it.
+
+    Attributes:
+        path: the run's directory.
+        experiment: the script that made it.
+        config: its settings, with ``out`` as the directory.
+        record: what its model knows of the data.
+        result: its numbers, from ``result.json``.
+        fits: its fits by name.
+    """
+
+    path: Path
+    experiment: Experiment
+    config: Any
+    record: Any
+    result: dict[str, Any]
+    fits: dict[str, Fit]
+
+    @property
+    def fit(self) -> Fit:
+        """The fit that the run is known for."""
+        return self.fits[self.experiment.main(self.config)]
+
+    @property
+    def tree(self) -> DataTree:
+        """The traces and the judged numbers, as ArviZ reads them."""
+        return read_tree(self.path)
+
+    def data(self, **changes: Any) -> Any:
+        """The data of the run, loaded again.
+
+        Args:
+            changes: settings that have changed since, for example ``data_dir``.
+
+        Raises:
+            RunError: the data are others than the run's.
+        """
+        data = self.experiment.data(dataclasses.replace(self.config, **changes))
+        ours, theirs = (
+            {
+                f"{name} of {split}": a
+                for split, arrays in known.items()
+                for name, a in arrays.items()
+            }
+            for known in (_config(self.path)["data"], describe(data))
+        )
+        for name in ours | theirs:
+            if ours.get(name) != theirs.get(name):
+                raise RunError(
+                    f"{self.path}: expected the run's data, {name} as {ours.get(name, 'absent')}, "
+                    f"got {theirs.get(name, 'none')}; load the data that the run was made with"
+                )
+        return data
+
+    def __repr__(self) -> str:
+        numbers = (
+            f"{words} {plus_minus(number['estimate'], number['standard_error'])}"
+            for name, words in (("elbo", "ELBO"), ("log_likelihood", "log-likelihood"))
+            if (number := self.result.get(name))
+        )
+        words = ", ".join((f"{self.experiment.name} on {self.record.name}", *numbers))
+        return f"Run in {self.path}: {words} (nats per datum); fits: {', '.join(self.fits)}"
+
+
+def load(path: str | os.PathLike) -> Run:
+    """Opens a finished run. It needs neither the data nor the device of the training.
 
     Args:
-        name: the experiment's, for a fresh directory under ``runs/``.
-        config: a dataclass with a field ``out``, the directory or None for a fresh one.
+        path: the run's directory.
 
     Raises:
-        ValueError: the directory holds another run or something else.
-        OSError: it cannot be made or written.
+        RunError: the directory is no finished run, or it is damaged.
+        FitError: a saved fit is damaged, or the programs have changed since.
     """
+    from inference import Fit, FitError  # seconds
 
-    def __init__(self, name: str, config: Any):
-        self.path = Path(config.out) if config.out else fresh_directory(Path("runs"), name)
-        settings = saved_settings(name, dataclasses.asdict(config))
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            found = self.read("config.json")
-            if found is None and any(p.name[0] != "." for p in self.path.iterdir()):
-                raise ValueError(
-                    f"out: expected a new or empty directory, or this run's own; {self.path} "
-                    f"holds other files; give another directory"
-                )
-            if found is not None and found != settings:
-                differ = [k for k in found | settings if found.get(k) != settings.get(k)]
-                words = (f"{k} was {found.get(k)!r}, is {settings.get(k)!r}" for k in differ)
-                raise ValueError(
-                    f"out: expected a new directory or this run's own; {self.path} holds another "
-                    f"run ({'; '.join(words)}); give another directory"
-                )
-            if found is None:
-                self.write("config.json", settings)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise OSError(
-                f"out: expected a directory that can be written; {self.path}: {reason}; give "
-                f"another with --out"
-            ) from error
-
-    def read(self, name: str) -> dict[str, Any] | None:
-        """The JSON file ``name``, or None where there is none."""
-        path = self.path / name
-        if not path.exists():
-            return None
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: expected JSON, got something else ({error}); give another directory"
-            ) from error
-
-    def write(self, name: str, value: dict[str, Any]) -> None:
-        """Writes a JSON file whole or not at all."""
-        path = self.path / name
-        temporary = path.with_name(f".{name}.{os.getpid()}")
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(path)
+    path = Path(path)
+    described = _config(path)
+    result = read_json(path / "result.json")
+    if result is None:
+        raise RunError(
+            f"{path}: expected a finished run, got one without result.json; finish it by the "
+            f"command that began it"
+        )
+    experiment = _experiment(path, described["experiment"])
+    fits: dict[str, Fit] = {}
+    try:
+        config = from_json(experiment.config, described["settings"], out=path)
+        record = experiment.record(**described["record"])
+        for name in experiment.names(config):
+            model, guide = experiment.programs(config, record, name, fits)
+            prepare = getattr(model, "prepare", None)
+            fits[name] = Fit.load(path / "fits" / name, model, guide, preprocess=prepare)
+    except FitError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(
+            f"{path / 'config.json'}: expected a run's settings, got some that cannot be used "
+            f"({error}); give the directory of a run"
+        ) from error
+    return Run(path, experiment, config, record, result, fits)
 
 
-def saved_settings(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """An experiment's settings as ``config.json`` has them."""
-    settings = {k: v for k, v in config.items() if k not in UNSAVED}
-    return {"experiment": name} | json.loads(json.dumps(settings, default=str))
+def read_tree(path: Path) -> DataTree:
+    """The tree of a finished run, from its directory.
+
+    Raises:
+        RunError: there is none, or it is damaged.
+    """
+    import arviz as az
+
+    if not (path / "trace.nc").exists():
+        raise RunError(
+            f"{path}: expected the directory of a finished run, got one without trace.nc; finish "
+            f"the run by the command that began it"
+        )
+    try:
+        with az.from_netcdf(path / "trace.nc", engine="h5netcdf") as tree:
+            return tree.load()
+    except (OSError, KeyError, ValueError) as error:
+        raise RunError(
+            f"{path / 'trace.nc'}: expected a run's traces, got a damaged file "
+            f"({' '.join(str(error).split())}); run the experiment anew"
+        ) from error
 
 
-def trace_attributes(
-    name: str, config: Mapping[str, Any], dataset: str, data: Mapping[str, Any]
-) -> dict[str, str]:
-    """What ``trace.nc`` says of a run, so that ``inference.comparison`` can set it by another.
+def _config(path: Path) -> dict[str, Any]:
+    """What ``config.json`` says.
+
+    Raises:
+        RunError: the directory is no run, or a newer version of guidebook wrote it.
+    """
+    described = read_json(path / "config.json")
+    if described is None:
+        raise RunError(
+            f"{path}: expected the directory of a run, got one without config.json; give a "
+            f"directory that a script of experiments/ wrote"
+        )
+    missing = [name for name in ("format", "guidebook", *IDENTITY) if name not in described]
+    if missing:
+        raise RunError(
+            f"{path / 'config.json'}: expected a run's settings, got some without {missing[0]!r}; "
+            f"run the experiment anew"
+        )
+    if described["format"] != FORMAT:
+        raise RunError(
+            f"{path}: expected format {FORMAT}, got {described['format']}, written by guidebook "
+            f"{described['guidebook']}; use that version"
+        )
+    return described
+
+
+def _experiment(path: Path, name: Any) -> Experiment:
+    """The script of a run, by its name."""
+    try:
+        found = importlib.import_module(f"experiments.{name}").EXPERIMENT
+        if found.name == name:
+            return found
+    except (ImportError, AttributeError):
+        pass
+    raise RunError(
+        f"{path}: expected a run of a script in experiments/, got one of {name!r}; use the version "
+        f"of guidebook that has it"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file. None if there is no such file.
+
+    Raises:
+        RunError: the file holds something else.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path}: expected JSON, got something else ({error}); give another directory"
+        ) from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: expected a JSON object, got {value!r:.50}; give another directory")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+# --- a new run ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def claim(experiment: Experiment, config: Any, data: Any) -> Iterator[Path]:
+    """The directory of a run, locked against other processes until the run ends.
 
     Args:
-        name: the experiment's.
-        config: its settings.
-        dataset: the data set's name.
-        data: the arrays that were judged; their types, shapes and hashes are kept.
+        experiment: the script.
+        config: its settings. ``out`` is the directory, or None for a new one in ``runs/``.
+        data: its data.
+
+    Raises:
+        ValueError: the directory is in use, or holds another run or something else.
+        OSError: it cannot be made or written.
     """
+    path = new_directory(Path("runs"), experiment.name) if config.out is None else Path(config.out)
+    described = {
+        "format": FORMAT,
+        "guidebook": importlib.metadata.version("guidebook"),
+        "began": datetime.datetime.now().isoformat(" ", "seconds"),
+        "experiment": experiment.name,
+        "settings": to_json(config),
+        "record": json.loads(json.dumps(dataclasses.asdict(data.record))),
+        "data": describe(data),
+    }
+    with contextlib.ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _check_own(path, experiment, described)
+            if not (path / "result.json").exists():  # a finished run is only read
+                stack.enter_context(FileLock(path / ".lock", timeout=0))
+            if not (path / "config.json").exists():
+                write_json(path / "config.json", described)
+        except Timeout as error:
+            raise ValueError(
+                f"out: expected a directory that no other process writes, got {path}, where a run "
+                f"is under way; wait for its end, or give another directory"
+            ) from error
+        except OSError as error:
+            raise OSError(
+                f"out: expected a directory that can be written; {path}: "
+                f"{error.strerror or error}; give another with --out"
+            ) from error
+        yield path
+
+
+def _check_own(path: Path, experiment: Experiment, described: dict[str, Any]) -> None:
+    """Refuses a directory that is neither empty nor this run's own."""
+    if not (path / "config.json").exists():
+        if any(p.name[0] != "." for p in path.iterdir()):
+            raise ValueError(
+                f"out: expected a new or empty directory, or this run's own; {path} holds other "
+                f"files; give another directory"
+            )
+        return
+    found = _config(path)
+    if found["experiment"] == experiment.name:  # settings that are new since have their defaults
+        found["settings"] = to_json(from_json(experiment.config, found["settings"]))
+    was, now = (
+        {"experiment": known["experiment"]}
+        | known["settings"]
+        | known["data"]
+        | {f"the data's {name}": value for name, value in known["record"].items()}
+        for known in (found, described)
+    )
+    differ = [name for name in was | now if was.get(name) != now.get(name)]
+    if differ:
+        words = (f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in differ)
+        raise ValueError(
+            f"out: expected a new directory or this run's own; {path} holds another run "
+            f"({'; '.join(words)}); give another directory"
+        )
+
+
+def new_directory(parent: Path, name: str) -> Path:
+    """Makes a directory that no other run has, named by the time."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path, n = parent / f"{name}-{stamp}", 2
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            path, n = parent / f"{name}-{stamp}-{n}", n + 1
+
+
+def describe(data: Any) -> dict[str, str]:
+    """The type, shape and hash of each array of a data set, ``train.x`` for example."""
     return {
-        "experiment": name,
-        "settings": json.dumps(saved_settings(name, config)),
-        "dataset": dataset,
-        "data": json.dumps(describe_arrays(data, contents=True)),
+        f"{split}.{name}": described
+        for split, arrays in splits(data).items()
+        for name, described in describe_arrays(arrays).items()
     }
 
 
-def fresh_directory(parent: Path, name: str) -> Path:
-    """A directory under ``parent`` that no other run has, named by the time."""
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path, n = parent / f"{name}-{stamp}", 2
-    while path.exists():
-        path, n = parent / f"{name}-{stamp}-{n}", n + 1
-    return path
+def splits(data: Any) -> dict[str, Mapping[str, Any]]:
+    """The arrays of a data set by name, for training, validation and test as far as it has them."""
+    named = {split: getattr(data, split, None) for split in ("train", "validation", "test")}
+    return {split: arrays for split, arrays in named.items() if arrays}
+
+
+def describe_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """The type, shape and hash of each array."""
+    described = {}
+    for name, array in arrays.items():
+        array = np.ascontiguousarray(array)
+        digest = hashlib.sha256(array.data).hexdigest()[:16]
+        described[name] = f"{array.dtype}{list(array.shape)} sha256:{digest}"
+    return described
+
+
+# --- many runs ------------------------------------------------------------------------------------
+
+
+def table(parent: str | os.PathLike = "runs") -> DataFrame:
+    """The runs in a directory and below it, from the oldest to the newest.
+
+    Returns:
+        A frame with the runs' names as its index. Numbers are in nats per datum:
+
+        - when, experiment, dataset: when the run began, its script and its data set
+        - elbo, elbo_se, log_likelihood, log_likelihood_se: with standard errors over the data
+        - seconds: of the training, without compilation
+        - a column for each setting in which the runs differ
+
+        What a run lacks is NaN. A run without any number is not finished, or cannot be read.
+
+    Raises:
+        ValueError: there is no such directory.
+    """
+    import pandas as pd
+
+    parent = Path(parent)
+    if not parent.is_dir():
+        raise ValueError(f"runs: expected a directory with runs, got {parent}; give another")
+    paths = sorted(found.parent for found in parent.rglob("config.json"))
+    settings, rows = {}, {}
+    for path in paths:
+        name = str(path.relative_to(parent))
+        try:
+            described, result = _config(path), read_json(path / "result.json")
+        except RunError:
+            described, result = {}, None
+        settings[name], rows[name] = described.get("settings", {}), _row(described, result or {})
+    columns = ["when", "experiment", "dataset", "elbo", "elbo_se"]
+    columns += ["log_likelihood", "log_likelihood_se", "seconds"]
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    for setting in dict.fromkeys(name for known in settings.values() for name in known):
+        values = {run: known[setting] for run, known in settings.items() if setting in known}
+        if setting not in frame and len({json.dumps(v) for v in values.values()}) > 1:
+            frame[setting] = pd.Series(values, dtype=object)
+    return frame.rename_axis("run").sort_values("when", kind="stable")
+
+
+def _row(described: Mapping[str, Any], result: Mapping[str, Any]) -> list[Any]:
+    numbers = [result.get(name) or {} for name in ("elbo", "log_likelihood")]
+    return [
+        described.get("began"),
+        described.get("experiment"),
+        described.get("record", {}).get("name"),
+        *(number.get(key, np.nan) for number in numbers for key in ("estimate", "standard_error")),
+        result.get("seconds", {}).get("run", np.nan),
+    ]
+
+
+def plus_minus(value: float, error: float | None = None, sign: str = "", digits: int = 3) -> str:
+    """A number with its standard error, of which two digits are shown. A dash for NaN."""
+    if np.isnan(value):
+        return "-"
+    if error:
+        digits = max(digits, int(1 - np.floor(np.log10(error))))
+    written = f"{value:{sign}.{digits}f}"
+    return written if error is None else f"{written} +- {error:.{digits}f}"
+
+
+def written(value: Any) -> str:
+    """A setting as a person reads it."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "-" if value is None or value != value else str(value)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the list of runs.
+
+    Attributes:
+        runs: Directory with the runs.
+    """
+
+    runs: Positional[Path] = Path("runs")
+
+
+def main(config: Config) -> DataFrame:
+    """List the runs in a directory."""
+    frame = table(config.runs)
+    fixed = 8  # The columns after these are settings.
+    rows = [
+        (
+            run,
+            *(written(row[name]) for name in ("when", "dataset")),
+            plus_minus(row["elbo"], row["elbo_se"]),
+            plus_minus(row["log_likelihood"], row["log_likelihood_se"]),
+            plus_minus(row["seconds"], digits=1),
+            ", ".join(f"{n} {written(v)}" for n, v in list(row.items())[fixed:] if v == v),
+        )
+        for run, row in frame.to_dict("index").items()
+    ]
+    headers = (
+        "run",
+        "when",
+        "data set",
+        "ELBO",
+        "log-likelihood",
+        "seconds",
+        "settings that differ",
+    )
+    print(
+        tabulate(
+            rows,
+            headers,
+            disable_numparse=True,
+            colalign=("left",) * 3 + ("right",) * 3 + ("left",),
+        )
+    )
+    print(
+        "\nnats per datum, +- standard error over the data; seconds of the training; a dash where "
+        "a run has no such number or is not finished"
+    )
+    return frame
+
+
+if __name__ == "__main__":
+    command_line(main, Config)

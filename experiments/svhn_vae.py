@@ -2,20 +2,22 @@
 
     python experiments/svhn_vae.py --num-train 5000 --num-epochs 20
 
-The model is in ``models/vae.py``, its convolutions in ``models/networks.py``; with
-``--given-label`` it is the one of ``models/cvae.py``. The preset's likelihood has identity
-covariance on [-1, 1], whose log-density cannot exceed -2823 nats or, on the scale of the grey
-levels, 8.32 bits per dimension: more than the 8 bits in which the image is stored. Likelihoods that
-learn a scale or a distribution over the levels (``--likelihood gaussian-one-scale``, ``gaussian``,
-``discretized-logistic``) do far better, and bits per dimension compare them all.
+The model is in ``models/vae.py``, its convolutions in ``models/networks.py``. The preset's
+likelihood has identity covariance on [-1, 1]. Its log-density cannot exceed -2823 nats. On the
+scale of the grey levels that is 8.32 bits per dimension, more than the 8 bits in which the image is
+stored. Likelihoods that learn a scale or a distribution over the levels do far better
+(``--likelihood gaussian-one-scale``, ``gaussian``, ``discretized-logistic``). Bits per dimension
+compare them all.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from experiments import images
-from experiments.datasets import Dataset
-from experiments.runs import command_line
+from experiments.datasets import Dataset, Record
+from experiments.runner import run
+from experiments.settings import command_line
+from models import vae
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Config(images.LabelConfig):
     """Settings of the convolutional variational autoencoder of colour images.
 
     Attributes:
-        given_label: whether the images are given their label.
+        given_label: Whether the images are given their label.
     """
 
     dataset: str = "svhn"
@@ -37,14 +39,17 @@ class Config(images.LabelConfig):
         """Colour images, with their labels if these are given."""
         return super().data() if self.given_label else images.Config.data(self)
 
-    def model(self, dataset: Dataset) -> Any:
+    def model(self, record: Record) -> vae.Model:
         """The preset, with the settings that were given."""
-        return super().model(dataset) if self.given_label else images.Config.model(self, dataset)
+        return super().model(record) if self.given_label else images.Config.model(self, record)
+
+
+EXPERIMENT = images.experiment("svhn_vae", Config)
 
 
 def main(config: Config) -> dict[str, Any]:
     """Train a convolutional variational autoencoder on colour images."""
-    return images.run("svhn_vae", config)
+    return run(EXPERIMENT, config)
 
 
 if __name__ == "__main__":

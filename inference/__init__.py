@@ -1,8 +1,11 @@
 """How it is learnt: one engine, and judges that say how good the fit is."""
 
-from inference.checkpoints import CheckpointError
+from inference._checkpoints import CheckpointError
+from inference._checks import ProgramError
+from inference._data import Prepared
+from inference.comparison import compare
 from inference.datatree import to_datatree
-from inference.engine import Fit, NonFiniteError, fit
+from inference.engine import fit
 from inference.evaluation import (
     ElboTerms,
     Estimate,
@@ -12,14 +15,17 @@ from inference.evaluation import (
     log_likelihood,
     pareto_k_threshold,
     pointwise_elbo,
+    pointwise_log_likelihood,
 )
+from inference.fit import Fit, FitError, Interrupted, NonFiniteError
 from inference.generation import (
-    Sample,
     decode,
     encode,
     interpolate,
     reconstruct,
-    sample,
+    sample_posterior,
+    sample_posterior_predictive,
+    sample_prior_predictive,
     traverse,
 )
 from inference.held import Held
@@ -31,6 +37,8 @@ from inference.objectives import (
     KLWarmUp,
     KLWeighted,
     StickingTheLanding,
+    Traits,
+    traits,
 )
 from inference.optimizers import precondition
 from inference.particles import antithetic
@@ -42,16 +50,21 @@ __all__ = [
     "ElboTerms",
     "Estimate",
     "Fit",
+    "FitError",
     "FreeBits",
     "Held",
     "Hybrid",
+    "Interrupted",
     "KLWarmUp",
     "KLWeighted",
     "LabelCheck",
     "NonFiniteError",
-    "Sample",
+    "Prepared",
+    "ProgramError",
     "StickingTheLanding",
+    "Traits",
     "antithetic",
+    "compare",
     "decode",
     "elbo_terms",
     "encode",
@@ -61,9 +74,13 @@ __all__ = [
     "log_likelihood",
     "pareto_k_threshold",
     "pointwise_elbo",
+    "pointwise_log_likelihood",
     "precondition",
     "reconstruct",
-    "sample",
+    "sample_posterior",
+    "sample_posterior_predictive",
+    "sample_prior_predictive",
     "to_datatree",
+    "traits",
     "traverse",
 ]

@@ -1,75 +1,134 @@
-"""Fits side by side: pure functions of the trees of ``to_datatree``, by the runs' names.
+"""Fits side by side, by the names that you give them.
 
-What they read of a tree: ``sample_stats`` and ``validation_stats`` (traces), ``evaluation`` and
-``log_likelihood`` (numbers by datum), and of the root's attributes what ``fit`` wrote and
+A *run* is a fit, the tree that ``to_datatree`` made of one, or anything that keeps such a tree as
+``.tree``. These parts of a tree are read:
 
-=============  ===================================================================================
-``data``       JSON: of each array that was judged its type, shape and hash
-``dataset``    the data set's name
-``settings``   JSON: the settings of the run by name
-``num_samples`` draws of z per datum behind ``log_likelihood``
-=============  ===================================================================================
-
-What a tree lacks is NaN, or an empty string, in the result.
+- ``evaluation``: ``elbo``, ``log_likelihood`` and ``pareto_k`` by datum, and the type, shape and
+  hash of the judged arrays.
+- ``sample_stats`` and ``validation_stats``: the ELBO traces.
+- The attributes ``config.*`` and ``info.*``: names of the programs, seconds of the training.
+- The attributes ``settings`` (JSON) and ``experiment``, if a script has added them.
 """
 
 import json
 from collections.abc import Mapping
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from inference.evaluation import pareto_k_threshold
+from inference._data import Prepared, as_arrays
+from inference.datatree import to_datatree
+from inference.evaluation import (
+    ElboTerms,
+    Estimate,
+    elbo_terms,
+    log_likelihood,
+    pareto_k_threshold,
+    pointwise_elbo,
+)
+from inference.fit import Fit, programs_of
 
 if TYPE_CHECKING:
     from arviz_plots.plot_collection import PlotCollection
     from arviz_stats.utils import ELPDData
     from pandas import DataFrame
     from xarray import DataArray, Dataset, DataTree
-else:  # a second or two to import
-    DataArray = DataFrame = Dataset = DataTree = ELPDData = PlotCollection = Any
+
+    Runs = Mapping[str, Any]
+else:  # a second or two to import, and trees_of raises for other runs
+    DataArray = DataFrame = Dataset = DataTree = ELPDData = PlotCollection = Runs = Any
 
 Trees = Mapping[str, DataTree]
 
-NUM_WINDOWS = 100  # of a training trace, at most, of each of which a picture shows the mean
+NUM_WINDOWS = 100  # A plot averages a training trace into at most this many windows.
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def trees_of(runs: Runs, data: Any = None) -> dict[str, DataTree]:
+    """The trees of runs, by name.
+
+    Args:
+        runs: fits, trees of ``to_datatree``, or objects with a ``.tree``, by name.
+        data: arrays by name, which the fits are judged on. Without data the trees of fits have no
+            judged numbers.
+
+    Raises:
+        TypeError: ``runs`` is no mapping, or a run is none of these.
+    """
+    from xarray import DataTree
+
+    if not isinstance(runs, Mapping):
+        raise TypeError(
+            f"runs: expected a mapping from name to run, got {type(runs).__name__}; give "
+            f'{{"a name": fit, "another": other}}'
+        )
+    trees = {}
+    for name, run in runs.items():
+        if isinstance(run, DataTree):
+            trees[name] = run
+        elif isinstance(run, Fit):
+            judged = () if data is None else _judge(run, data)
+            trees[name] = to_datatree(run, *judged)
+        elif isinstance(getattr(run, "tree", None), DataTree):
+            trees[name] = run.tree
+        else:
+            raise TypeError(
+                f"runs: expected a Fit, a DataTree or an object with a tree as {name!r}, got "
+                f"{type(run).__name__}; give what fit, to_datatree or runs.load returns"
+            )
+    return trees
+
+
+def _judge(fit: Fit, data: Any) -> tuple[ElboTerms | Estimate, Estimate]:
+    """The ELBO and the log-likelihood of the arrays that the fit takes."""
+    arrays = as_arrays(data)
+    if fit.batch.keys() <= arrays.keys():
+        arrays = {name: arrays[name] for name in fit.batch}
+    if isinstance(data, Prepared):
+        arrays = Prepared(arrays, data.source)
+    # elbo_terms has less noise. It is not defined if the objective sums over a latent site.
+    bound = pointwise_elbo if programs_of(fit, fit.batch).summed else elbo_terms
+    return bound(fit, arrays), log_likelihood(fit, arrays)
 
 
 def check_same_data(trees: Trees) -> None:
-    """Raises where two runs were not judged on the same data.
+    """Raises if two runs were not judged on the same data.
 
-    The arrays that both runs know must have the same names, types, shapes and values. A run may
-    know arrays besides: log p(x | c) and log p(x) are densities of the same x.
+    The arrays that both runs know must agree in name, type, shape and hash. A run may know more
+    arrays: log p(x | c) and log p(x) are densities of the same x.
 
     Raises:
-        ValueError: it names the two runs and what differs.
+        ValueError: it names the two runs and the difference.
     """
-    (first, a), *others = trees.items()
-    for name, b in others:
-        for attribute in ("dataset", "data"):
-            for run, tree in ((first, a), (name, b)):
-                if attribute not in tree.attrs:
-                    raise ValueError(
-                        f"runs: expected the attribute {attribute!r} in every run's trace.nc, and "
-                        f"{run} has none; compare runs of one model each, written by this version"
-                    )
-        pairs = {"data set": (a.attrs["dataset"], b.attrs["dataset"])}
-        ours, theirs = json.loads(a.attrs["data"]), json.loads(b.attrs["data"])
-        pairs |= {f"array {n}": (ours[n], theirs[n]) for n in sorted(ours.keys() & theirs.keys())}
-        differ = [f"{what} is {p}, and {q}" for what, (p, q) in pairs.items() if p != q]
-        if not ours.keys() & theirs.keys():
-            differ.append(f"arrays are {sorted(ours)}, and {sorted(theirs)}")
+    known = {name: _judged_data(name, tree) for name, tree in trees.items()}
+    for first, second in combinations(known, 2):
+        ours, theirs = known[first], known[second]
+        common = sorted(ours.keys() & theirs.keys())
+        pairs = {f"array {array} is": (ours[array], theirs[array]) for array in common}
+        if not common:
+            pairs = {"arrays are": (sorted(ours), sorted(theirs))}
+        differ = [f"{what} {a}, and {b}" for what, (a, b) in pairs.items() if a != b]
         if differ:
             raise ValueError(
-                f"runs: expected the same test data, got others in {first} and {name}: "
-                f"{'; '.join(differ)}; compare runs on one and the same data"
+                f"runs: expected the same judged data, got others in {first} and {second}: "
+                f"{'; '.join(differ)}; judge all runs on the same data"
             )
 
 
-def differing_settings(trees: Trees) -> dict[str, dict[str, Any]]:
-    """The settings that are not the same in all runs: by setting, the value in every run that
-    has it.
+def differing_settings(runs: Runs) -> dict[str, dict[str, Any]]:
+    """The settings that are not the same in all runs.
+
+    They are the scripts' settings. If a run was made by no script, they are the fits' ``config``.
+
+    Returns:
+        By setting, its value in every run that has it.
     """
-    settings = {run: _settings(tree) for run, tree in trees.items()}
+    trees = trees_of(runs)
+    scripts = all("settings" in tree.attrs for tree in trees.values())
+    settings = {run: _settings(tree) if scripts else _config(tree) for run, tree in trees.items()}
     names = dict.fromkeys(name for values in settings.values() for name in values)
     by_name = {n: {run: v[n] for run, v in settings.items() if n in v} for n in names}
     return {
@@ -79,60 +138,73 @@ def differing_settings(trees: Trees) -> dict[str, dict[str, Any]]:
     }
 
 
+# --- numbers --------------------------------------------------------------------------------------
+
+
 def elpd(tree: DataTree) -> ELPDData | None:
     """The held-out log-likelihood as ``arviz.compare`` takes it, or None without one.
 
-    Held-out data need no leaving-one-out: log p(x_i | c_i) of a datum that was not trained on is
-    its log predictive density. ``arviz.compare`` on the trees themselves would take the seeds for
-    posterior draws and the test data for training data.
+    Held-out data need no leaving-one-out. log p(x_i | c_i) of a datum that was not trained on is
+    its log predictive density. Seeds are averaged datum by datum, and k-hat is the worst seed's.
 
-    Seeds are averaged datum by datum; k-hat is the worst seed's.
+    ``arviz.compare`` of the trees themselves is another comparison: it leaves out each datum of
+    the training in turn, and reads the group ``log_likelihood``.
     """
-    if "log_likelihood" not in tree.children:
+    values = _evaluation(tree, "log_likelihood")
+    if values is None:
         return None
-    (values,) = tree["log_likelihood"].dataset.data_vars.values()
-    num_samples = int(tree.attrs.get("num_samples", 0))
     pareto_k = _evaluation(tree, "pareto_k")
     if pareto_k is not None:
         pareto_k = pareto_k.max("chain", skipna=False)
-    return _elpd(
-        values.astype(np.float64).mean(("chain", "draw"), skipna=False), num_samples, pareto_k
-    )
+    return _elpd(_seed_mean(values), _num_samples(tree, "log_likelihood"), pareto_k)
 
 
-def compare(trees: Trees) -> DataFrame:
+def compare(runs: Runs, data: Any = None) -> DataFrame:
     """One row for each run, from the best to the worst.
 
-    The best has the greatest log-likelihood, or the greatest ELBO if not every run has a
-    log-likelihood. The arithmetic is ``arviz.compare``'s, divided by the number of data.
+    The best has the greatest log-likelihood, or the greatest ELBO if a run has no log-likelihood.
+    The arithmetic is ``arviz.compare``'s, divided by the number of data.
+
+    Args:
+        runs: fits, trees of ``to_datatree``, or objects with a ``.tree``, by name.
+        data: held-out arrays by name. Each fit is judged on the arrays that it takes, by
+            ``elbo_terms`` (``pointwise_elbo`` if it sums over a latent site) and
+            ``log_likelihood`` with their defaults. Trees were judged before.
 
     Returns:
-        A frame whose index are the runs' names. Its columns, in nats per datum but for the last
-        two:
+        A frame with the runs' names as its index. Its columns are in nats per datum, except the
+        names and the last two:
 
         - model, guide, objective: their settings, or else their classes
-        - elbo, elbo_se: on the data that were judged, the mean over seeds, and its standard error
+        - elbo, elbo_se: the ELBO of the judged data, averaged over seeds, and its standard error
           over data
-        - log_likelihood, log_likelihood_se: likewise
-        - difference, difference_se: to the best run, with the standard error of the mean of
-          *paired* differences over data
-        - pareto_k_share: the share of data (and seeds) whose k-hat is too high
-        - seconds: training, compilation apart
+        - log_likelihood, log_likelihood_se: the same for the log-likelihood
+        - difference, difference_se: the difference to the best run, and the standard error of the
+          mean of *paired* differences over data
+        - pareto_k_share: the share of data (and seeds) with too high a k-hat
+        - seconds: training, without compilation
+
+        A number that a run lacks is NaN.
 
     Raises:
-        ValueError: fewer than two runs, or runs on other data.
+        TypeError: a run is none of these.
+        ValueError: fewer than two runs, runs on other data, a run without numbers, or fits
+            without data.
+
+    Example:
+        >>> compare({"flow": fit_flow, "mean field": fit_mean_field}, {"x": test})
     """
     import pandas as pd
 
-    if len(trees) < 2:
-        raise ValueError(f"runs: expected at least two, got {len(trees)}")
+    _check_runs(runs, data)
+    trees = trees_of(runs, data)
+    for name, tree in trees.items():
+        _check_judged(name, tree)
     check_same_data(trees)
     bounds = {run: _evaluation(tree, "elbo") for run, tree in trees.items()}
     columns = {
         "elbo": {
-            run: None
-            if elbo is None
-            else _elpd(elbo.astype(np.float64).mean("chain", skipna=False), 1, None)
+            run: None if elbo is None else _elpd(_seed_mean(elbo), 1, None)
             for run, elbo in bounds.items()
         },
         "log_likelihood": {run: elpd(tree) for run, tree in trees.items()},
@@ -163,6 +235,9 @@ def compare(trees: Trees) -> DataFrame:
     ]
 
 
+# --- pictures -------------------------------------------------------------------------------------
+
+
 def plot_differences(table: DataFrame) -> PlotCollection:
     """``arviz.plot_compare`` of the differences to the best run, nats per datum."""
     from arviz_plots import plot_compare
@@ -181,17 +256,30 @@ def plot_differences(table: DataFrame) -> PlotCollection:
     return plot
 
 
-def plot_elbo(trees: Trees) -> PlotCollection:
+def plot_elbo(runs: Runs) -> PlotCollection:
     """ELBO traces against steps and against seconds, with ArviZ's ``PlotCollection``.
 
-    Lines are means over seeds and bands go from the least to the greatest seed. The recorded
-    steps of a training trace are averaged in at most 100 windows. Seconds are the training's,
-    spread evenly over its steps: every step is the same compiled program.
+    A line is the mean over seeds. Its band goes from the least to the greatest seed. A training
+    trace is averaged in at most 100 windows. Seconds are the training's, spread evenly over its
+    steps: every step is the same compiled program.
+
+    Args:
+        runs: fits, trees of ``to_datatree``, or objects with a ``.tree``, by name.
+
+    Raises:
+        ValueError: a run without a training trace.
     """
     import xarray as xr
     from arviz_plots.plot_collection import PlotCollection
     from arviz_plots.visuals import fill_between_y, line_xy
 
+    trees = trees_of(runs)
+    untrained = [name for name, tree in trees.items() if "sample_stats" not in tree.children]
+    if untrained:
+        raise ValueError(
+            f"runs: expected a training trace in every run, got none in {', '.join(untrained)}; "
+            f"leave out fits that were not trained"
+        )
     lines, kinds = [], {}
     for tree in trees.values():
         last = int(tree["sample_stats"].dataset["draw"][-1])
@@ -246,12 +334,56 @@ def plot_elbo(trees: Trees) -> PlotCollection:
         "trace", title="ELBO", loc="outside lower right", visual_kwargs={"color": "black"}
     )
     axes = plot.viz["plot"]
-    for name, label in (("step", "step"), ("seconds", "training time, s, compilation apart")):
+    for name, label in (
+        ("step", "training (steps)"),
+        ("seconds", "training without compilation (seconds)"),
+    ):
         axes.sel(axis=name).item().set_xlabel(label)
     first = axes.sel(axis="step").item()
     first.set_ylabel("ELBO (nats per datum)")
     first.set_ylim(_limits(dataset))
     return plot
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _check_runs(runs: Runs, data: Any) -> None:
+    if not isinstance(runs, Mapping):
+        return  # trees_of refuses it
+    if len(runs) < 2:
+        raise ValueError(f"runs: expected at least two, got {len(runs)}; give each a name")
+    fits = [name for name, run in runs.items() if isinstance(run, Fit)]
+    if fits and data is None:
+        raise ValueError(
+            f"data: expected arrays to judge the fits {', '.join(fits)} on, got None; give the "
+            f"held-out data"
+        )
+    if data is not None and not fits:
+        raise ValueError(
+            f"data: expected None for runs that are judged already, got {type(data).__name__}; "
+            f"leave data out, or give the fits"
+        )
+
+
+def _check_judged(name: str, tree: DataTree) -> None:
+    if _evaluation(tree, "elbo") is None and _evaluation(tree, "log_likelihood") is None:
+        raise ValueError(
+            f"runs: expected an ELBO or a log-likelihood by datum in the group evaluation of every "
+            f"run, got neither in {name}; pass what elbo_terms or log_likelihood returns: "
+            f"to_datatree(fit, elbo_terms(fit, data))"
+        )
+
+
+def _judged_data(name: str, tree: DataTree) -> dict[str, str]:
+    """The type, shape and hash of each array that was judged."""
+    attrs = tree["evaluation"].attrs if "evaluation" in tree.children else {}
+    if "data" not in attrs:
+        raise ValueError(
+            f"runs: expected the hashes of the judged data in the group evaluation of every run, "
+            f"got none in {name}; make its tree anew: to_datatree(fit, elbo_terms(fit, data))"
+        )
+    return json.loads(attrs["data"])
 
 
 # --- one tree -------------------------------------------------------------------------------------
@@ -261,10 +393,21 @@ def _settings(tree: DataTree) -> dict[str, Any]:
     return json.loads(tree.attrs.get("settings", "{}"))
 
 
+def _config(tree: DataTree) -> dict[str, Any]:
+    """The settings of ``fit``, as the attributes keep them."""
+    config = {}
+    for attribute, value in tree.attrs.items():
+        prefix, _, name = str(attribute).partition(".")
+        if prefix == "config":
+            is_json = str(value).startswith(("{", "[")) or value in ("null", "true", "false")
+            config[name] = json.loads(value) if is_json else np.asarray(value).item()
+    return config
+
+
 def _name(tree: DataTree, what: str) -> str:
     """A model, guide or objective as the settings call it, or else its class or function."""
     settings = _settings(tree)
-    described = str(tree.attrs.get(f"config.{what}", ""))
+    described = str(tree.attrs.get(f"config.{what}", "")).removeprefix("null")
     own = described.split("(")[0].split(".<locals>")[0].split(".")[-1]
     if what == "model":
         own = str(tree.attrs.get("experiment", own))
@@ -274,22 +417,31 @@ def _name(tree: DataTree, what: str) -> str:
 
 
 def _seconds(tree: DataTree) -> float:
-    seconds = tree.attrs.get("info.seconds")
-    return float(json.loads(seconds)["run"]) if seconds else np.nan
+    seconds = json.loads(tree.attrs.get("info.seconds", "{}"))
+    return float(seconds.get("run", np.nan))
 
 
 def _evaluation(tree: DataTree, name: str) -> DataArray | None:
-    """(chain, datum)."""
+    """A judged number, (chain, data)."""
     if "evaluation" not in tree.children or name not in tree["evaluation"].data_vars:
         return None
     return tree["evaluation"].dataset[name]
+
+
+def _num_samples(tree: DataTree, name: str) -> int:
+    """How many draws are behind a judged number."""
+    return int(tree["evaluation"].attrs[f"num_samples.{name}"])
+
+
+def _seed_mean(values: DataArray) -> DataArray:
+    return values.astype(np.float64).mean("chain", skipna=False)
 
 
 def _pareto_k_share(tree: DataTree) -> float:
     pareto_k = _evaluation(tree, "pareto_k")
     if pareto_k is None:
         return np.nan
-    good = pareto_k.values < pareto_k_threshold(int(tree.attrs["num_samples"]))
+    good = pareto_k.values < pareto_k_threshold(_num_samples(tree, "pareto_k"))
     return float((~good).mean())
 
 
@@ -297,12 +449,12 @@ def _elpd(pointwise: DataArray, num_samples: int, pareto_k: Any) -> ELPDData:
     from arviz_stats.utils import ELPDData
 
     values, size = pointwise.values, pointwise.size
-    with np.errstate(invalid="ignore"):  # of a number that is not finite there is no error
+    with np.errstate(invalid="ignore"):  # a number that is not finite has no standard error
         deviation = float(values.std())
     return ELPDData(
         elpd=float(values.sum()),
         se=float(np.sqrt(size)) * deviation,
-        p=np.nan,  # effective parameters: what LOO takes off, and nothing is taken off here
+        p=np.nan,  # effective parameters: LOO subtracts them, and nothing is subtracted here
         n_samples=num_samples,
         n_data_points=size,
         scale="log",
@@ -324,14 +476,14 @@ def _compare(judged: Mapping[str, ELPDData]) -> DataFrame:
     table["mlpd_diff"] = table["elpd_diff"] / size
     for column in ("se", "dse"):
         table[column] /= size
-    # ArviZ leaves data out whose difference is not finite.
+    # ArviZ leaves out data with a difference that is not finite.
     finite = [np.isfinite(judged[run].elpd) for run in table.index]
     table.loc[~np.array(finite) | ~finite[0], ["mlpd_diff", "dse"]] = np.nan
     return table
 
 
 def _traces(tree: DataTree) -> dict[str, DataArray]:
-    """(chain, draw) by what they are, the training's averaged in windows."""
+    """The traces, (chain, draw), by their names in the legend. The training's is averaged."""
     trace = tree["sample_stats"].dataset["elbo"]
     window = -(-trace.sizes["draw"] // NUM_WINDOWS)
     means = trace.coarsen(draw=window, boundary="trim", side="right").mean()
@@ -342,7 +494,10 @@ def _traces(tree: DataTree) -> dict[str, DataArray]:
 
 
 def _limits(dataset: Dataset) -> tuple[float, float]:
-    """Of the ELBO axis: all but the first twentieth of each run, where it may rise from far."""
+    """The limits of the ELBO axis. They leave out each run's first steps, which may be far off.
+
+    These are the first twentieth of a run.
+    """
     steps = dataset["x"].sel(axis="step")
     later = dataset.where(steps > 0.05 * steps.max(("point", "trace")))
     low, high = float(later["low"].min()), float(dataset["high"].max())

@@ -1,8 +1,7 @@
 """Judges: what a fit is worth, in nats per datum.
 
-A judge takes a model, a guide, the parameters of one seed and data as the programs take them. It
-goes through the data in batches, by one compiled program, so that its memory depends on neither
-the number of data nor the number of draws.
+A judge takes a fit and data, and answers for every seed at once. Where the fit has a
+``preprocess``, the data are prepared: ``test = result.prepare(data)``.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import lax, random
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real
+from jaxtyping import Array, Bool, Float, PyTree, Real
 from numpyro.handlers import replay, seed
 from numpyro.infer.util import compute_log_probs
-from tqdm import tqdm
 
-from inference.checks import check_data, check_values
-from inference.sites import elementwise_kl, length, sum_by_datum
-
-Program = Callable[..., Any]
+from inference._judges import Judged, compiled, default_key, judged_data, over_data, require_local
+from inference._settings import require_whole
+from inference._summation import summed_log_weight
+from inference.fit import Fit
+from inference.sites import DataPlates, Program, elementwise_kl, length
 
 DRAWS_AT_ONCE = 20  # of every datum of a batch, in memory together
 FEWEST_FOR_TAIL = 30  # draws, of which six make the smallest tail that ArviZ can fit
@@ -30,39 +29,45 @@ FEWEST_FOR_TAIL = 30  # draws, of which six make the smallest tail that ArviZ ca
 
 @dataclass(frozen=True)
 class Estimate:
-    """One number for each datum, and their mean.
+    """One number for each seed and datum, and their means over the data.
 
     Attributes:
-        pointwise: (N,), nats per datum.
-        num_samples: draws of z for each datum.
-        monte_carlo_variance: (N,), the part of each number's variance that its draws are to blame
-            for (to first order in 1 / num_samples), where it is known.
-        pareto_k: (N,), the shape k-hat of the tail of each datum's importance weights (Vehtari et
-            al. 2024, section 3), where there are weights and enough of them. -inf where those of
-            the tail are constant, which no tail is lighter than; NaN where none could be fitted.
+        name: what is estimated, for example "log_likelihood".
+        pointwise: (seed, N), nats per datum.
+        num_samples: draws of the latents for each datum.
+        data: the type, shape and hash of each array that was judged.
+        monte_carlo_variance: (seed, N), the variance that comes from the Monte Carlo draws (to
+            first order in 1 / num_samples), where it is known.
+        pareto_k: (seed, N), the shape k-hat of the tail of each datum's importance weights
+            (Vehtari et al. 2024, section 3), where there are weights and enough of them. -inf if
+            all weights in the tail are equal (the lightest possible tail). NaN if none could be
+            fitted.
     """
 
-    pointwise: Float[np.ndarray, " N"]
+    name: str
+    pointwise: Float[np.ndarray, "seed N"]
     num_samples: int
-    monte_carlo_variance: Float[np.ndarray, " N"] | None = None
-    pareto_k: Float[np.ndarray, " N"] | None = None
+    data: dict[str, str]
+    monte_carlo_variance: Float[np.ndarray, "seed N"] | None = None
+    pareto_k: Float[np.ndarray, "seed N"] | None = None
 
     @property
-    def estimate(self) -> float:
-        """The mean over the data."""
-        return float(np.mean(self.pointwise, dtype=np.float64))
+    def estimate(self) -> Float[np.ndarray, " seed"]:
+        """The mean over the data, one a seed."""
+        return np.mean(self.pointwise, axis=1, dtype=np.float64)
 
     @property
-    def standard_error(self) -> float:
-        """Of the mean, over data and draws: the deviation between data over sqrt(N)."""
-        return float(np.std(self.pointwise, dtype=np.float64) / np.sqrt(len(self.pointwise)))
+    def standard_error(self) -> Float[np.ndarray, " seed"]:
+        """The error of the mean, over data and draws: the deviation between data over sqrt(N)."""
+        deviation = np.std(self.pointwise, axis=1, dtype=np.float64)
+        return deviation / np.sqrt(self.pointwise.shape[1])
 
     @property
-    def monte_carlo_error(self) -> float:
-        """Of the mean, over draws alone: how much it would move on these data."""
+    def monte_carlo_error(self) -> Float[np.ndarray, " seed"]:
+        """The error of the mean that comes from the draws: how much it would move on these data."""
         if self.monte_carlo_variance is None:
-            return float("nan")
-        return float(np.sqrt(np.sum(self.monte_carlo_variance)) / len(self.pointwise))
+            return np.full(len(self.pointwise), np.nan)
+        return np.sqrt(np.sum(self.monte_carlo_variance, axis=1)) / self.pointwise.shape[1]
 
     @property
     def high_pareto_k(self) -> "Estimate | None":
@@ -74,7 +79,7 @@ class Estimate:
         if self.pareto_k is None:
             return None
         good = self.pareto_k < pareto_k_threshold(self.num_samples)  # NaN is not
-        return Estimate((~good).astype(float), self.num_samples)
+        return Estimate("high_pareto_k", (~good).astype(float), self.num_samples, self.data)
 
 
 @dataclass(frozen=True)
@@ -85,28 +90,30 @@ class ElboTerms:
         elbo, reconstruction, kl: with elbo = reconstruction - kl. The divergence is exact where
             the program has one latent site and NumPyro knows the formula, and else the mean over
             draws of log q(z | x, c) - log p(z | c).
-        kl_per_dim: by latent site, (N, dimensions), where guide and prior factorise over
+        kl_per_dim: by latent site, (seed, N, dimensions), where guide and prior factorise over
             dimensions and NumPyro knows the formula.
-        z_loc: by latent site, (N, dimensions), the mean of q(z | x, c).
+        z_loc: by latent site, (seed, N, dimensions), the mean of q(z | x, c).
     """
 
     elbo: Estimate
     reconstruction: Estimate
     kl: Estimate
-    kl_per_dim: dict[str, Float[np.ndarray, "N z"]]
-    z_loc: dict[str, Float[np.ndarray, "N z"]]
+    kl_per_dim: dict[str, Float[np.ndarray, "seed N z"]]
+    z_loc: dict[str, Float[np.ndarray, "seed N z"]]
 
     @property
-    def activity(self) -> dict[str, tuple[Float[np.ndarray, " z"], Float[np.ndarray, " z"]]]:
+    def activity(
+        self,
+    ) -> dict[str, tuple[Float[np.ndarray, "seed z"], Float[np.ndarray, "seed z"]]]:
         """By latent site: the variance over data of z_loc, and its standard error."""
         moments = {}
         for name, z_loc in self.z_loc.items():
-            squares = (z_loc - z_loc.mean(0)) ** 2
-            moments[name] = squares.mean(0), squares.std(0) / np.sqrt(len(squares))
+            squares = (z_loc - z_loc.mean(1, keepdims=True)) ** 2
+            moments[name] = squares.mean(1), squares.std(1) / np.sqrt(squares.shape[1])
         return moments
 
     @property
-    def active(self) -> dict[str, Bool[np.ndarray, " z"]]:
+    def active(self) -> dict[str, Bool[np.ndarray, "seed z"]]:
         """By latent site: is that variance above 0.01 (Burda et al. 2016, section 5)?
 
         A guide that ignores a dimension gives every datum the prior's mean. With a learned prior
@@ -115,48 +122,83 @@ class ElboTerms:
         return {name: variance > 0.01 for name, (variance, _) in self.activity.items()}
 
 
+@dataclass(frozen=True)
+class LabelCheck:
+    """What a model knows of the label.
+
+    Attributes:
+        log_likelihood: (seed, N, K), log p(x | c) of every datum under every label.
+        c: (N,), the true labels.
+        num_samples: draws of the latents for each datum and label.
+        data: the type, shape and hash of each array that was judged.
+    """
+
+    log_likelihood: Float[np.ndarray, "seed N K"]
+    c: Real[np.ndarray, " N"]
+    num_samples: int
+    data: dict[str, str]
+
+    @property
+    def information(self) -> Estimate:
+        """log p(x | c) - log mean_c' p(x | c'): nats that the label tells, at most log K."""
+        values = self.log_likelihood.astype(np.float64)
+        own = np.take_along_axis(values, self.c[None, :, None].astype(int), 2)[..., 0]
+        mean = np.logaddexp.reduce(values, axis=2) - np.log(values.shape[2])
+        return Estimate("label_information", own - mean, self.num_samples, self.data)
+
+    @property
+    def accuracy(self) -> Estimate:
+        """The share of data whose true label has the greatest likelihood."""
+        right = self.log_likelihood.argmax(2) == self.c
+        return Estimate("label_accuracy", right.astype(float), self.num_samples, self.data)
+
+
 def pareto_k_threshold(num_samples: int) -> float:
     """k-hat is good below it: min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024, section 3.2.4)."""
     return float(min(1 - 1 / np.log10(num_samples), 0.7)) if num_samples > 1 else -np.inf
 
 
+# --- judges ---------------------------------------------------------------------------------------
+
+
 def pointwise_elbo(
-    model: Program,
-    guide: Program,
-    params: Mapping[str, Any],
-    data: Mapping[str, ArrayLike],
+    result: Fit,
+    data: Any,
     *,
-    key: Array,
+    key: Array | None = None,
     num_samples: int = 1,
-) -> Float[Array, " N"]:
+    batch_size: int = 500,
+    progress: bool = False,
+) -> Estimate:
     """The ELBO of each datum: the mean over draws of log p(x, z | c) - log q(z | x, c).
 
-    A pure function, all data at once: for use under ``jit`` and ``vmap``.
+    Sites that the objective sums over are summed exactly.
 
     Args:
-        model, guide: NumPyro programs that take the arrays of ``data`` by name.
-        params: the value of every parameter, for one seed.
-        data: arrays of shape (N, ...).
-        key: a random key.
-        num_samples: draws of z per datum, one after the other in memory.
+        result: what ``fit`` returned.
+        data: as the programs take them, or ``result.prepare(data)``.
+        key: a random key. A fixed one by default.
+        num_samples: draws of the latents per datum.
+        batch_size: data at a time.
+        progress: whether to show progress.
 
     Returns:
-        Nats per datum. Its mean is the ELBO, its deviation over sqrt(N) the standard error.
+        Nats per datum, (seed, N).
 
     Raises:
-        ValueError: a site lies outside the plate "data", so that it belongs to no datum.
+        ValueError: global sites, or data that the programs refuse.
     """
-    draw = _log_weight(model, guide, params, data)
-    return jnp.mean(lax.map(draw, random.split(key, num_samples)), axis=0)
+    judged, key = _enter("pointwise_elbo", result, data, key, num_samples)
+    judge = compiled(_mean_log_weight, *_programs(result, judged), num_samples)
+    values = over_data(judge, result, judged, key, batch_size, progress, "ELBO")
+    return Estimate("elbo", values, num_samples, judged.described)
 
 
 def elbo_terms(
-    model: Program,
-    guide: Program,
-    params: Mapping[str, Any],
-    data: Mapping[str, Any],
+    result: Fit,
+    data: Any,
     *,
-    key: Array,
+    key: Array | None = None,
     num_samples: int = 1,
     batch_size: int = 500,
     progress: bool = False,
@@ -164,141 +206,201 @@ def elbo_terms(
     """The ELBO split into reconstruction and divergence (Kingma & Welling 2014, equation 3).
 
     Args:
-        model, guide: NumPyro programs that take the arrays of ``data`` by name.
-        params: the value of every parameter, for one seed.
-        data: arrays of shape (N, ...).
-        key: a random key.
-        num_samples: draws of z per datum.
-        batch_size: data at a time.
-        progress: a progress bar, where there is a terminal.
+        result, data, key, num_samples, batch_size, progress: as in ``pointwise_elbo``.
 
     Raises:
-        ValueError: a site lies outside the plate "data"; data that the programs refuse.
+        ValueError: as in ``pointwise_elbo``; sites that the objective sums over.
     """
-
-    def judge(params: PyTree, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
-        draw = lambda key: _terms(model, guide, params, batch, key)  # noqa: E731
-        return jax.tree.map(lambda x: x.mean(0), lax.map(draw, random.split(key, num_samples)))
-
-    result = _over_data(
-        judge, (model, guide), params, data, key, num_samples, batch_size, progress, "elbo"
-    )
-    terms = {name: Estimate(result[name], num_samples) for name in ("elbo", "reconstruction", "kl")}
-    return ElboTerms(**terms, kl_per_dim=result["kl_per_dim"], z_loc=result["z_loc"])
+    judged, key = _enter("elbo_terms", result, data, key, num_samples)
+    if judged.programs.summed:
+        raise ValueError(
+            f"elbo_terms: expected latent sites that the guide draws, got "
+            f"{judged.programs.summed[0]!r}, which is summed over and has no divergence of its "
+            f"own; use pointwise_elbo or log_likelihood"
+        )
+    judge = compiled(_mean_terms, *_programs(result, judged)[:3], num_samples)
+    found = over_data(judge, result, judged, key, batch_size, progress, "ELBO")
+    terms = {
+        name: Estimate(name, found[name], num_samples, judged.described)
+        for name in ("elbo", "reconstruction", "kl")
+    }
+    return ElboTerms(**terms, kl_per_dim=found["kl_per_dim"], z_loc=found["z_loc"])
 
 
 def log_likelihood(
-    model: Program,
-    guide: Program,
-    params: Mapping[str, Any],
-    data: Mapping[str, Any],
+    result: Fit,
+    data: Any,
     *,
-    key: Array,
+    key: Array | None = None,
     num_samples: int = 1000,
     batch_size: int = 100,
     progress: bool = False,
 ) -> Estimate:
     """log p(x | c) by importance sampling from the guide (Burda et al. 2016, equation 8).
 
-    log (1 / S) sum_s p(x, z_s | c) / q(z_s | x, c) with z_s from the guide: below log p(x | c) in
-    expectation, by about half the ``monte_carlo_variance``, and it rises to it with S. The sum is
-    kept as a running maximum and a scaled total, so that memory does not grow with S but for the
-    3 sqrt(S) largest weights of each datum, from whose Pareto fit ``pareto_k`` comes. That needs
-    30 draws; with fewer it is None.
+    log (1 / S) sum_s p(x, z_s | c) / q(z_s | x, c) with z_s from the guide. Its expectation is
+    below log p(x | c), by about half the ``monte_carlo_variance``, and rises to it with S. Sites
+    that the objective sums over are summed exactly. The sum is kept as a running maximum and a
+    scaled total. So memory does not grow with S, except for the 3 sqrt(S) largest weights of each
+    datum, which ``pareto_k`` is fitted to. That needs 30 draws; with fewer it is None.
 
     Args:
-        model, guide, params, data, key, progress: as in ``elbo_terms``.
-        num_samples: S, draws of z per datum.
+        result, data, key, progress: as in ``pointwise_elbo``.
+        num_samples: S, draws of the latents per datum.
         batch_size: data at a time.
 
     Raises:
-        ValueError: as in ``elbo_terms``.
+        ValueError: as in ``pointwise_elbo``.
     """
+    judged, key = _enter("log_likelihood", result, data, key, num_samples)
     num_largest = _tail_length(num_samples) + 1 if num_samples >= FEWEST_FOR_TAIL else 0
-
-    def judge(params: PyTree, key: Array, batch: Mapping[str, Array]) -> Any:
-        draw = _log_weight(model, guide, params, batch)
-        return _importance_sample(draw, key, num_samples, num_largest)
-
-    values, variance, largest = _over_data(
-        judge, (model, guide), params, data, key, num_samples, batch_size, progress, "log p"
-    )
-    pareto_k = _pareto_k(largest, num_samples) if num_largest else None
-    return Estimate(values, num_samples, variance, pareto_k)
-
-
-@dataclass(frozen=True)
-class LabelCheck:
-    """What a model knows of the label.
-
-    Attributes:
-        log_likelihood: (N, K), log p(x | c) of every datum under every label.
-        c: (N,), the true labels.
-        num_samples: draws of z for each datum and label.
-    """
-
-    log_likelihood: Float[np.ndarray, "N K"]
-    c: Real[np.ndarray, " N"]
-    num_samples: int
-
-    @property
-    def information(self) -> Estimate:
-        """log p(x | c) - log mean_c' p(x | c'): nats that the label tells, at most log K."""
-        values = self.log_likelihood.astype(np.float64)
-        own = np.take_along_axis(values, self.c[:, None].astype(int), 1)[:, 0]
-        mean = np.logaddexp.reduce(values, axis=1) - np.log(values.shape[1])
-        return Estimate(own - mean, self.num_samples)
-
-    @property
-    def accuracy(self) -> Estimate:
-        """The share of data whose true label has the greatest likelihood."""
-        right = self.log_likelihood.argmax(1) == self.c
-        return Estimate(right.astype(float), self.num_samples)
+    judge = compiled(_importance, *_programs(result, judged), num_samples, num_largest)
+    found = over_data(judge, result, judged, key, batch_size, progress, "log p")
+    values, variance, largest = found
+    pareto_k = None
+    if num_largest:
+        pareto_k = np.stack([_pareto_k(of_seed, num_samples) for of_seed in largest])
+    return Estimate("log_likelihood", values, num_samples, judged.described, variance, pareto_k)
 
 
 def label_check(
-    model: Program,
-    guide: Program,
-    params: Mapping[str, Any],
-    data: Mapping[str, Any],
+    result: Fit,
+    data: Any,
     num_classes: int,
     *,
-    key: Array,
+    key: Array | None = None,
     num_samples: int = 100,
     batch_size: int = 100,
     progress: bool = False,
 ) -> LabelCheck:
     """log p(x | c) under the true label and every other.
 
-    For one and the same model and labels of equal probability the true label can tell no more
-    than log K nats, so that a conditional likelihood beyond that over the mixture is a mistake.
-    And argmax_c p(x | c) classifies.
+    With labels of equal probability the true label can tell no more than log K nats. A conditional
+    likelihood that is further above the mixture is a mistake. And argmax_c p(x | c) classifies.
 
     Args:
-        model, guide, params, key, progress: as in ``elbo_terms``.
+        result, key, progress: as in ``pointwise_elbo``.
         data: arrays of shape (N, ...), the label among them as ``c``, 0 .. num_classes - 1.
         num_classes: K.
-        num_samples: draws of z per datum and label.
+        num_samples: draws of the latents per datum and label.
         batch_size: data at a time.
 
     Raises:
-        ValueError: as in ``elbo_terms``; no ``c`` among the data.
+        ValueError: as in ``pointwise_elbo``; no ``c`` among the data.
     """
-    if "c" not in data:
-        raise ValueError(f'data: expected labels as "c", got {sorted(data)}')
+    judged, key = _enter("label_check", result, data, key, num_samples)
+    if "c" not in judged.arrays:
+        raise ValueError(f'data: expected labels as "c", got {sorted(judged.arrays)}')
+    require_whole("num_classes", num_classes, 1)
+    judge = compiled(_under_labels, *_programs(result, judged), num_classes, num_samples)
+    values = over_data(judge, result, judged, key, batch_size, progress, "log p")
+    return LabelCheck(values, np.asarray(judged.arrays["c"]), num_samples, judged.described)
 
-    def judge(params: PyTree, key: Array, batch: Mapping[str, Array]) -> Array:
-        def under(label: Array) -> Array:
-            given = dict(batch, c=jnp.full_like(batch["c"], label))
-            draw = _log_weight(model, guide, params, given)
-            return _importance_sample(draw, key, num_samples)[0]
 
-        return lax.map(under, jnp.arange(num_classes)).T
+def pointwise_log_likelihood(
+    result: Fit,
+    draws: Mapping[str, Any],
+    data: Any,
+    *,
+    batch_size: int = 500,
+    progress: bool = False,
+) -> dict[str, Float[np.ndarray, "seed draw N"]]:
+    """log p(x | z, c) of every datum at draws of the latents: what ArviZ calls log likelihood.
 
-    values = _over_data(
-        judge, (model, guide), params, data, key, num_samples, batch_size, progress, "log p"
-    )
-    return LabelCheck(values, np.asarray(data["c"]), num_samples)
+    Args:
+        result, data, progress: as in ``pointwise_elbo``. Global sites are welcome.
+        draws: by latent site, as ``sample_posterior`` returns them.
+        batch_size: data at a time.
+
+    Returns:
+        By observed site, (seed, draw, datum), nats.
+
+    Raises:
+        ValueError: draws of other sites or shapes; sites that the objective sums over; a model
+            without a plate for its data.
+    """
+    judged = judged_data(result, data)
+    programs, num_data = judged.programs, length(judged.arrays)
+    if not programs.plates or programs.summed:
+        what = (
+            f"the site {programs.summed[0]!r}, which is summed over"
+            if programs.summed
+            else ("a model without a plate for its data")
+        )
+        raise ValueError(
+            f"pointwise_log_likelihood: expected one density for each datum given the draws, got "
+            f"{what}; use log_likelihood, or put the data in a plate"
+        )
+    draws = check_draws(result, judged, draws, num_data)
+    local = {name for name in draws if programs.latents[name].data_axis is not None}
+
+    def rows(seed: int, index: Any) -> dict[str, Any]:
+        return {
+            name: values[seed][:, index] if name in local else values[seed]
+            for name, values in draws.items()
+        }
+
+    axes = tuple((name, programs.latents[name].data_axis) for name in draws)
+    judge = compiled(_given_draws, result.model, programs.plates, axes)
+    key = random.key(0)  # observed densities need no draws
+    found = over_data(judge, result, judged, key, batch_size, progress, "log p", rows)
+    return {name: values.swapaxes(1, 2) for name, values in found.items()}
+
+
+def check_draws(
+    result: Fit, judged: Judged, draws: Any, num_data: int
+) -> dict[str, Float[np.ndarray, "seed draw ..."]]:
+    """Draws of every latent site of a fit, as arrays.
+
+    Raises:
+        TypeError: no mapping.
+        ValueError: other sites, or other shapes.
+    """
+    if not isinstance(draws, Mapping):
+        raise TypeError(
+            f"draws: expected a mapping from latent site to draws, got {type(draws).__name__}; "
+            f"write draws = sample_posterior(result, data)"
+        )
+    latents = judged.programs.latents
+    if draws.keys() != latents.keys():
+        raise ValueError(
+            f"draws: expected the latent sites {', '.join(latents)}, got {', '.join(draws)}; "
+            f"write draws = sample_posterior(result, data)"
+        )
+    arrays = {name: np.asarray(values) for name, values in draws.items()}
+    for name, values in arrays.items():
+        local = latents[name].data_axis is not None
+        expected = (result.num_seeds, None, *((num_data,) if local else ()))
+        got = values.shape[: len(expected)]
+        if len(got) < len(expected) or any(
+            n not in (None, m) for n, m in zip(expected, got, strict=True)
+        ):
+            words = ("seed", "draw", "datum")[: len(expected)]
+            raise ValueError(
+                f"draws[{name!r}]: expected shape ({', '.join(words)}, ...) with "
+                f"{result.num_seeds} seeds and {num_data} data, got {values.shape}"
+            )
+    return arrays
+
+
+def _enter(
+    name: str, result: Fit, data: Any, key: Array | None, num_samples: int
+) -> tuple[Judged, Array]:
+    """The checks of a judge that has a number for each datum."""
+    require_whole("num_samples", num_samples, 1)
+    judged = judged_data(result, data)
+    require_local(judged, name)
+    programs = judged.programs
+    if programs.summed and programs.enumerated:
+        raise ValueError(
+            f"{name}: expected discrete sites that the model sums over or the guide draws, got "
+            f"both, {programs.summed[0]!r} and {programs.enumerated[0]!r}; this is not supported"
+        )
+    return judged, default_key(key, name)
+
+
+def _programs(result: Fit, judged: Judged) -> tuple[Program, Program, DataPlates, bool]:
+    return result.model, result.guide, judged.programs.plates, bool(judged.programs.summed)
 
 
 # --- one batch ------------------------------------------------------------------------------------
@@ -319,25 +421,132 @@ def _run(
 
 
 def _log_weight(
-    model: Program, guide: Program, params: Mapping[str, Any], data: Mapping[str, ArrayLike]
+    model: Program,
+    guide: Program,
+    plates: DataPlates,
+    sums: bool,
+    params: Mapping[str, Any],
+    data: Mapping[str, Array],
 ) -> Callable[[Array], Float[Array, " N"]]:
     """From a key to log p(x, z | c) - log q(z | x, c) of every datum."""
-    arrays = {name: jnp.asarray(array) for name, array in data.items()}
+    data, size = {name: jnp.asarray(array) for name, array in data.items()}, length(data)
 
     def draw(key: Array) -> Array:
-        log_q, q_sites, log_p, p_sites = _run(model, guide, params, arrays, key)
-        size = length(arrays)
-        return sum_by_datum(log_p, p_sites, size) - sum_by_datum(log_q, q_sites, size)
+        if sums:
+            return summed_log_weight(model, guide, params, data, key)
+        log_q, q_sites, log_p, p_sites = _run(model, guide, params, data, key)
+        log_p = plates.sum_by_datum(log_p, p_sites, size)
+        return log_p - plates.sum_by_datum(log_q, q_sites, size)
 
     return draw
 
 
+def _mean_log_weight(
+    model: Program,
+    guide: Program,
+    plates: DataPlates,
+    sums: bool,
+    num_samples: int,
+    params: PyTree,
+    key: Array,
+    batch: Mapping[str, Array],
+) -> Float[Array, " N"]:
+    draw = _log_weight(model, guide, plates, sums, params, batch)
+    return jnp.mean(lax.map(draw, random.split(key, num_samples)), axis=0)
+
+
+def _importance(
+    model: Program,
+    guide: Program,
+    plates: DataPlates,
+    sums: bool,
+    num_samples: int,
+    num_largest: int,
+    params: PyTree,
+    key: Array,
+    batch: Mapping[str, Array],
+) -> Any:
+    draw = _log_weight(model, guide, plates, sums, params, batch)
+    return _importance_sample(draw, key, num_samples, num_largest)
+
+
+def _under_labels(
+    model: Program,
+    guide: Program,
+    plates: DataPlates,
+    sums: bool,
+    num_classes: int,
+    num_samples: int,
+    params: PyTree,
+    key: Array,
+    batch: Mapping[str, Array],
+) -> Float[Array, "N K"]:
+    def under(label: Array) -> Array:
+        given = dict(batch, c=jnp.full_like(batch["c"], label))
+        draw = _log_weight(model, guide, plates, sums, params, given)
+        return _importance_sample(draw, key, num_samples)[0]
+
+    return lax.map(under, jnp.arange(num_classes)).T
+
+
+def _given_draws(
+    model: Program,
+    plates: DataPlates,
+    axes: tuple[tuple[str, int | None], ...],
+    params: PyTree,
+    key: Array,
+    batch: Mapping[str, Array],
+    draws: Mapping[str, Array],
+) -> dict[str, Float[Array, "N draw"]]:
+    """log p(x | z, c) by observed site."""
+    size = length(batch)
+
+    def one(latents: Mapping[str, Array]) -> dict[str, Array]:
+        values = dict(latents)
+        for name, axis in axes:
+            if axis is not None:
+                values[name] = jnp.moveaxis(values[name], 0, axis)
+        log_p, sites = compute_log_probs(
+            seed(model, key), (), dict(batch), dict(params) | values, sum_log_prob=False
+        )
+        return {
+            name: plates.sum_by_datum({name: log_p[name]}, sites, size)
+            for name, site in sites.items()
+            if name in log_p and site["is_observed"] and not site["infer"].get("is_auxiliary")
+        }
+
+    return jax.tree.map(lambda x: x.T, lax.map(one, dict(draws)))
+
+
+def _mean_terms(
+    model: Program,
+    guide: Program,
+    plates: DataPlates,
+    num_samples: int,
+    params: PyTree,
+    key: Array,
+    batch: Mapping[str, Array],
+) -> dict[str, Any]:
+    draw = lambda key: _terms(model, guide, plates, params, batch, key)  # noqa: E731
+    return jax.tree.map(lambda x: x.mean(0), lax.map(draw, random.split(key, num_samples)))
+
+
 def _terms(
-    model: Program, guide: Program, params: PyTree, data: Mapping[str, Array], key: Array
+    model: Program,
+    guide: Program,
+    plates: DataPlates,
+    params: PyTree,
+    data: Mapping[str, Array],
+    key: Array,
 ) -> dict[str, Any]:
     """The terms of the ELBO at one draw."""
     log_q, q_sites, log_p, p_sites = _run(model, guide, params, data, key)
     size = length(data)
+
+    def by_datum(site: Any, values: Array) -> Float[Array, "N z"]:
+        axis = plates.axis(site) - site["fn"].event_dim
+        return jnp.moveaxis(values, axis, 0).reshape(size, -1)
+
     observed = {name: log_p[name] for name in log_p if p_sites[name]["is_observed"]}
     prior = {name: log_p[name] for name in log_p if name not in observed}
     latents = [name for name in prior if name in log_q]
@@ -345,17 +554,17 @@ def _terms(
     for name in latents:
         divergence = elementwise_kl(q_sites[name]["fn"], p_sites[name]["fn"])
         if divergence is not None:
-            per_dim[name] = divergence.reshape(size, -1)
-    kl = sum_by_datum(log_q, q_sites, size) - sum_by_datum(prior, p_sites, size)
+            per_dim[name] = by_datum(q_sites[name], divergence)
+    kl = plates.sum_by_datum(log_q, q_sites, size) - plates.sum_by_datum(prior, p_sites, size)
     if len(latents) == len(log_q) == len(prior) == len(per_dim) == 1:
         kl = per_dim[latents[0]].sum(1)
-    reconstruction = sum_by_datum(observed, p_sites, size)
+    reconstruction = plates.sum_by_datum(observed, p_sites, size)
     return {
         "elbo": reconstruction - kl,
         "reconstruction": reconstruction,
         "kl": kl,
         "kl_per_dim": per_dim,
-        "z_loc": {name: mean(q_sites[name]["fn"], key).reshape(size, -1) for name in latents},
+        "z_loc": {n: by_datum(q_sites[n], mean(q_sites[n]["fn"], key)) for n in latents},
     }
 
 
@@ -426,41 +635,3 @@ def _pareto_k(largest: Float[np.ndarray, "N largest"], num_samples: int) -> Floa
         weights[: log_w.shape[1]] = np.exp(log_w[i] - greatest[i])
         pareto_k[i] = array_stats.pareto_khat(weights[None], r_eff=1.0, tail="right")
     return pareto_k
-
-
-# --- all the data ---------------------------------------------------------------------------------
-
-
-def _over_data(
-    judge: Callable[[PyTree, Array, Mapping[str, Array]], PyTree],
-    programs: tuple[Program, Program],
-    params: Mapping[str, Any],
-    data: Mapping[str, Any],
-    key: Array,
-    num_samples: int,
-    batch_size: int,
-    progress: bool,
-    description: str,
-) -> PyTree:
-    """``judge(params, key, batch)`` on every batch, its arrays (batch, ...) joined."""
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    num_data = check_data(data, None)
-    check_values(programs, data)
-    size = min(batch_size, num_data)
-    compiled = jax.jit(judge)
-    results, mean = [], 0.0
-    with tqdm(total=num_data, unit="datum", disable=None if progress else True) as bar:
-        for i, start in enumerate(range(0, num_data, size)):
-            index = np.minimum(np.arange(start, start + size), num_data - 1)  # the last one is full
-            batch = {name: array[index] for name, array in data.items()}
-            result = jax.device_get(compiled(params, random.fold_in(key, i), batch))
-            count = min(size, num_data - start)
-            results.append(jax.tree.map(lambda x, n=count: x[:n], result))
-            if not bar.disable:
-                first = jax.tree.leaves(results[-1])[0]
-                mean += (float(first.mean()) - mean) * count / (start + count)
-                bar.set_postfix({description: f"{mean:.4f}"}, refresh=False)
-                bar.update(count)
-    return jax.tree.map(lambda *x: np.concatenate(x), *results)

@@ -1,199 +1,454 @@
-"""What a fitted model is for: encode, decode, reconstruct, sample, interpolate, traverse.
+"""What a fitted model is for: sample, encode, decode, reconstruct, interpolate, traverse.
 
-Functions of a model, a guide and the parameters of one seed. The latent site is ``z``, the
-observed one ``x``, the condition, where there is one, ``c``. Pictures are means of p(x | z, c), on
-the scale of x, and never the decoder's raw outputs.
+Functions of a fit. Conditions are given by keyword, as the model takes them. What comes back are
+values by site name with the seed first, then the draw where there are draws, then the datum:
+(seed, draw, datum, ...). A global site has no datum axis.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import random
-from jaxtyping import Array, Float, Num
-from numpyro.handlers import condition
+import numpy as np
+from jax import lax, random
+from jaxtyping import Array, Float
+from numpyro.handlers import condition, seed, substitute, trace
+from numpyro.primitives import Messenger
 
-from inference.checks import check_data, check_values
+from inference._checks import ProgramError, check_arguments
+from inference._data import as_arrays, check_arrays
+from inference._judges import Judged, compiled, default_key, judged_data, over_data, values_of
+from inference._settings import require_whole
 from inference.evaluation import mean
-from inference.sites import trace_of
+from inference.fit import Fit, programs_of
+from inference.sites import (
+    ChecksData,
+    DataPlates,
+    Program,
+    Site,
+    is_auxiliary,
+    is_latent,
+    length,
+    trace_of,
+)
 
-Program = Callable[..., Any]
-Params = Mapping[str, Any]
-Arrays = Num[Any, "_ ..."]
+Values = dict[str, Any]  # arrays by site name
 
-
-class Sample(NamedTuple):
-    """Draws from a model.
-
-    Attributes:
-        z: (N, dimensions), from p(z | c).
-        x: (N, ...), from p(x | z, c).
-        x_mean: (N, ...), the mean of p(x | z, c).
-    """
-
-    z: Array
-    x: Array
-    x_mean: Array
+DRAWS_AT_ONCE = 20  # in memory together
+DATA_AT_ONCE = 500
 
 
-def encode(
-    guide: Program, params: Params, x: Arrays, c: Arrays | None = None, *, key: Array | None = None
-) -> Float[Array, "N ..."]:
-    """The mean of q(z | x, c) (of a thousand draws, if it has no formula), or with a key a draw.
+def sample_prior_predictive(
+    result: Fit, num_samples: int = 1, *, key: Array | None = None, **conditions: Any
+) -> Values:
+    """Draws latents from the prior and observations from the likelihood: p(x, z | c).
 
     Args:
-        guide: a program with a site ``z``.
-        params: of one seed.
-        x: (N, ...), as the guide takes them.
-        c: (N, ...), the conditions, where the guide has them.
-        key: a random key.
+        result: what ``fit`` returned.
+        num_samples: draws for each datum.
+        key: a random key. A fixed one by default.
+        conditions: arrays of shape (M, ...) by name. Without conditions there is one datum.
+
+    Returns:
+        Every latent and observed site by name, (seed, draw, M, ...).
+
+    Raises:
+        ValueError: conditions that the model refuses, or that are missing.
     """
-    data = {"x": x} if c is None else {"c": c, "x": x}
-    check_data(data, None)
-    check_values([guide], data)
-    return _encode(guide, dict(params), data, random.key(0) if key is None else key, key is None)
+    require_whole("num_samples", num_samples, 1)
+    arrays = _conditions(result, conditions)
+    plates = programs_of(result, result.batch).plates
+    draw = compiled(_prior_draws, result.model, plates, num_samples)
+    key = default_key(key, "sample_prior_predictive")
+    return _each_seed(result, lambda values: draw(values, key, arrays))
 
 
-def decode(
-    model: Program, params: Params, z: Float[Any, "N ..."], c: Arrays | None = None
-) -> Float[Array, "N ..."]:
-    """The mean of p(x | z, c).
+def sample_posterior(
+    result: Fit, data: Any, num_samples: int = 1, *, key: Array | None = None
+) -> Values:
+    """Draws of the latent sites from the guide, q(z | x, c).
 
     Args:
-        model: a program with sites ``z`` and ``x`` that generates where ``x`` is left out.
-        params: of one seed.
-        z: (N, dimensions).
-        c: (N, ...), the conditions, where the model has them.
+        result: what ``fit`` returned.
+        data: as the programs take them, or ``result.prepare(data)``.
+        num_samples: draws for each datum.
+        key: a random key. A fixed one by default.
+
+    Returns:
+        By latent site, (seed, draw, datum, ...); a global site (seed, draw, ...).
+
+    Raises:
+        ValueError: data that the programs refuse.
     """
-    return _by_datum(_mean_of_x, model, params, random.key(0), z=z, c=c)
+    judged = judged_data(result, data)
+    key = default_key(key, "sample_posterior")
+    return _posterior(result, judged, _posterior_draws, num_samples, key)
 
 
-def reconstruct(
-    model: Program,
-    guide: Program,
-    params: Params,
-    x: Arrays,
-    c: Arrays | None = None,
-    *,
-    key: Array | None = None,
-) -> Float[Array, "N ..."]:
-    """The mean of p(x | z, c) at the mean of q(z | x, c), or with a key at a draw from it."""
-    return decode(model, params, encode(guide, params, x, c, key=key), c)
-
-
-def sample(
-    model: Program, params: Params, num_samples: int = 1, c: Arrays | None = None, *, key: Array
-) -> Sample:
-    """Draws z from p(z | c), then x from p(x | z, c).
+def sample_posterior_predictive(
+    result: Fit, data: Any, num_samples: int = 1, *, key: Array | None = None
+) -> Values:
+    """Draws of the observed sites, given latents from the guide.
 
     Args:
-        model: a program with sites ``z`` and ``x`` that generates where ``x`` is left out.
-        params: of one seed.
-        num_samples: N without conditions. With them, draws for each: N = num_samples * len(c),
-            those of one condition side by side.
-        c: (M, ...), the conditions, where the model has them.
-        key: a random key.
+        result, data, num_samples, key: as in ``sample_posterior``.
+
+    Returns:
+        By observed site, (seed, draw, datum, ...).
+
+    Raises:
+        ValueError: as ``sample_posterior``.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
-    if c is None:
-        return _vmapped(_draw, model, dict(params), random.split(key, num_samples), {})
-    return _by_datum(_draw, model, params, key, c=jnp.repeat(jnp.asarray(c), num_samples, axis=0))
+    judged = judged_data(result, data)
+    key = default_key(key, "sample_posterior_predictive")
+    return _posterior(result, judged, _predictive_draws, num_samples, key)
+
+
+def encode(result: Fit, data: Any, *, key: Array | None = None) -> Values:
+    """The mean of q(z | x, c) at every latent site, or with a key one draw.
+
+    A mean without a formula is that of a thousand draws. In a chain of latent sites it is the mean
+    given a draw of the sites before it.
+
+    Args:
+        result, data: as in ``sample_posterior``.
+        key: a random key, to draw.
+
+    Returns:
+        By latent site, (seed, datum, ...); a global site (seed, ...).
+    """
+    judged = judged_data(result, data)
+    if key is not None:
+        return {n: v[:, 0] for n, v in sample_posterior(result, data, 1, key=key).items()}
+    key = default_key(None, "encode")
+    return _posterior(result, judged, _posterior_means, 1, key, squeeze=True)
+
+
+def decode(result: Fit, latents: Mapping[str, Any], **conditions: Any) -> Values:
+    """The mean of every observed site given the latents, p(x | z, c).
+
+    Args:
+        result: what ``fit`` returned.
+        latents: by site, (seed, datum, ...), as ``encode`` returns them.
+        conditions: arrays of shape (datum, ...) by name, where the model has conditions.
+
+    Returns:
+        By observed site, (seed, datum, ...).
+
+    Raises:
+        ValueError: latents of other sites or shapes; conditions that the model refuses.
+    """
+    arrays = _conditions(result, conditions)
+    programs = programs_of(result, result.batch)
+    if latents.keys() != programs.latents.keys():
+        raise ValueError(
+            f"latents: expected the sites {', '.join(programs.latents)}, got "
+            f"{', '.join(latents) or 'none'}; give what encode returns"
+        )
+    local = {n: np.asarray(v) for n, v in latents.items() if _is_local(programs, n)}
+    shared = {n: np.asarray(v) for n, v in latents.items() if n not in local}
+    for name, values in (local | shared).items():
+        if values.shape[:1] != (result.num_seeds,):
+            raise ValueError(
+                f"latents[{name!r}]: expected shape (seed={result.num_seeds}, datum, ...), got "
+                f"{values.shape}; the seed comes first"
+            )
+    counts = {n: v.shape[1] for n, v in local.items()} | {n: len(a) for n, a in arrays.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"latents: expected as many data of each, got {counts}")
+    axes = tuple((name, programs.latents[name].data_axis) for name in local)
+    size = next(iter(counts.values()), 1)
+    means = compiled(_decode, result.model, programs.plates, axes, size)
+    parts = [
+        means(
+            values_of(result, i),
+            {n: v[i] for n, v in local.items()},
+            {n: v[i] for n, v in shared.items()},
+            arrays,
+        )
+        for i in range(result.num_seeds)
+    ]
+    return jax.tree.map(lambda *x: np.stack(x), *jax.device_get(parts))
+
+
+def reconstruct(result: Fit, data: Any, *, key: Array | None = None) -> Values:
+    """The mean of p(x | z, c) at the mean of q(z | x, c), or with a key at a draw from it.
+
+    Args:
+        result, data, key: as in ``encode``.
+
+    Returns:
+        By observed site, (seed, datum, ...).
+    """
+    judged = judged_data(result, data)
+    latents = encode(result, data, key=key)
+    given = judged.arrays.keys() - _observations(result, judged)
+    return decode(result, latents, **{name: judged.arrays[name] for name in given})
 
 
 def interpolate(
-    model: Program,
-    params: Params,
-    z_from: Float[Any, "..."],
-    z_to: Float[Any, "..."],
-    num_points: int = 10,
-    c: Num[Any, "..."] | None = None,
-) -> Float[Array, "N ..."]:
-    """The means of p(x | z, c) along the straight line between two latents, ends included.
+    start: Mapping[str, Any], end: Mapping[str, Any], num_points: int = 10
+) -> dict[str, Float[np.ndarray, "seed datum ..."]]:
+    """Latents along the straight line between two, ends included, for ``decode``.
 
     Args:
-        model, params: as in ``decode``.
-        z_from, z_to: one latent each.
-        num_points: N.
-        c: one condition, where the model has them.
+        start, end: by site, (seed, ...), one latent each.
+        num_points: points on the line.
+
+    Raises:
+        ValueError: fewer than two points.
     """
     if num_points < 2:
         raise ValueError(f"num_points: expected at least 2, got {num_points}")
-    z = jnp.linspace(jnp.asarray(z_from), jnp.asarray(z_to), num_points)
-    return decode(model, params, z, _repeat(c, num_points))
+    pairs = {name: (np.asarray(start[name]), np.asarray(end[name])) for name in start}
+    return {name: np.linspace(a, b, num_points, axis=1) for name, (a, b) in pairs.items()}
 
 
 def traverse(
-    model: Program,
-    params: Params,
-    z: Float[Any, " z"],
-    dim: int,
-    values: Float[Any, " N"],
-    c: Num[Any, "..."] | None = None,
-) -> Float[Array, "N ..."]:
-    """The means of p(x | z, c) as one dimension of z takes ``values`` and the others stay.
+    latents: Mapping[str, Any], site: str, dim: int, values: Any
+) -> dict[str, Float[np.ndarray, "seed datum ..."]]:
+    """Latents in which one dimension of a site takes ``values`` and the others stay.
 
     Args:
-        model, params: as in ``decode``.
-        z: one latent.
-        dim: which dimension.
-        values: what it takes.
-        c: one condition, where the model has them.
+        latents: by site, (seed, ...), one latent each.
+        site: the site's name.
+        dim: which dimension of it.
+        values: (N,), what the dimension takes.
+
+    Returns:
+        By site, (seed, N, ...), for ``decode``.
+
+    Raises:
+        ValueError: there is no such site or dimension.
     """
-    z, values = jnp.asarray(z), jnp.asarray(values)
-    if not -len(z) <= dim < len(z):
-        raise ValueError(f"dim: expected a dimension of z, below {len(z)}, got {dim}")
-    along = jnp.tile(z, (len(values), 1)).at[:, dim].set(values)
-    return decode(model, params, along, _repeat(c, len(values)))
+    values = np.asarray(values)
+    if site not in latents:
+        raise ValueError(f"site: expected one of {', '.join(latents)}, got {site!r}")
+    size = np.shape(latents[site])[-1]
+    if not -size <= dim < size:
+        raise ValueError(f"dim: expected a dimension of {site}, below {size}, got {dim}")
+    along = {n: np.repeat(np.asarray(v)[:, None], len(values), axis=1) for n, v in latents.items()}
+    along[site][..., dim] = values
+    return along
 
 
-def _repeat(c: Any, times: int) -> Array | None:
-    return None if c is None else jnp.repeat(jnp.asarray(c)[None], times, axis=0)
+# --- checks ---------------------------------------------------------------------------------------
 
 
-# --- one datum, and all of them -------------------------------------------------------------------
+def _conditions(result: Fit, conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Conditions as arrays that the model takes."""
+    arrays = as_arrays(conditions, "conditions")
+    if arrays:
+        check_arrays(arrays, "conditions")
+    check_arguments("model", result.model, arrays)
+    model = result.model
+    if arrays and isinstance(model, ChecksData) and _takes(model.check_data, arrays):
+        model.check_data(**arrays)
+    return arrays
 
 
-def _run(program: Program, params: Params, key: Array, datum: Mapping[str, Array]) -> Any:
-    """The sites of the program at one datum, each with a data axis of length 1."""
-    data = {name: array[None] for name, array in datum.items()}
-    return trace_of(program, key, params, **data)
+def _takes(function: Callable[..., Any], arrays: Mapping[str, Any]) -> bool:
+    try:
+        check_arguments("check_data", function, arrays)
+    except ProgramError:
+        return False
+    return True
 
 
-@partial(jax.jit, static_argnames=("guide", "means"))
-def _encode(guide: Program, params: Any, data: dict[str, Array], key: Array, means: bool) -> Array:
-    z = trace_of(guide, key, params, **data)["z"]
-    return mean(z["fn"], key) if means else z["value"]
+def _is_local(programs: Any, name: str) -> bool:
+    return programs.latents[name].data_axis is not None
 
 
-def _mean_of_x(model: Program, params: Params, key: Array, z: Array, **datum: Array) -> Array:
-    return _run(condition(model, {"z": z[None]}), params, key, datum)["x"]["fn"].mean[0]
+def _observations(result: Fit, judged: Judged) -> set[str]:
+    """The arrays without which the model generates: those that it observes."""
+    parameters = inspect.signature(result.model).parameters
+    return {n for n in judged.arrays if n in parameters and parameters[n].default is None}
 
 
-def _draw(model: Program, params: Params, key: Array, **datum: Array) -> Sample:
-    sites = _run(model, params, key, datum)
-    z, x = sites["z"], sites["x"]
-    return Sample(z["value"][0], x["value"][0], x["fn"].mean[0])
+# --- every seed -----------------------------------------------------------------------------------
 
 
-def _by_datum(
-    one: Callable[..., Any], program: Program, params: Params, key: Array, **arrays: Any
-) -> Any:
-    """``one(program, params, key, **datum)`` on every datum, each with a key of its own."""
-    arrays = {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"expected as many of each, got {lengths}")
-    if "c" in arrays:
-        check_values([program], {"c": arrays["c"]})
-    keys = random.split(key, next(iter(lengths.values())))
-    return _vmapped(one, program, dict(params), keys, arrays)
+def _each_seed(result: Fit, run: Callable[[Any], Values]) -> Values:
+    """``run`` on the parameters of every seed by itself, joined along a leading axis."""
+    parts = [jax.device_get(run(values_of(result, i))) for i in range(result.num_seeds)]
+    return jax.tree.map(lambda *x: np.stack(x), *parts)
 
 
-@partial(jax.jit, static_argnames=("one", "program"))
-def _vmapped(
-    one: Callable[..., Any], program: Program, params: Any, keys: Array, arrays: dict[str, Array]
-) -> Any:
-    return jax.vmap(lambda key, datum: one(program, params, key, **datum))(keys, arrays)
+def _posterior(
+    result: Fit,
+    judged: Judged,
+    function: Callable[..., Any],
+    num_samples: int,
+    key: Array,
+    squeeze: bool = False,
+) -> Values:
+    """Draws that a function makes batch by batch, (seed, draw, datum, ...)."""
+    require_whole("num_samples", num_samples, 1)
+    programs = judged.programs
+    axes = programs.latents | programs.observed
+    shared = tuple(name for name in axes if axes[name].data_axis is None)
+    draw = compiled(function, result.model, result.guide, programs.plates, shared, num_samples)
+    whole: dict[str, list[Any]] = {}
+
+    def one_batch(values: Any, batch_key: Array, batch: Any) -> Any:
+        found = draw(values, key, batch_key, batch)
+        for name in found.keys() & set(shared):  # the same in every batch
+            whole.setdefault(name, []).append(np.asarray(found.pop(name)))
+        # a function of shared sites alone still has to say how many data there are
+        return found or {"": np.zeros(length(batch))}
+
+    found = over_data(one_batch, result, judged, key, DATA_AT_ONCE)
+    found.pop("", None)
+    found = {name: np.moveaxis(values, 2, 1) for name, values in found.items()}
+    found |= {name: np.stack(parts[: result.num_seeds]) for name, parts in whole.items()}
+    return {name: values[:, 0] for name, values in found.items()} if squeeze else found
+
+
+# --- one batch ------------------------------------------------------------------------------------
+
+
+class _Unobserved(Messenger):
+    """Draws the sites that a program observes."""
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and msg["is_observed"] and not is_auxiliary(msg):
+            msg["value"], msg["is_observed"] = None, False
+
+
+def _data_first(site: Site, plates: DataPlates, value: Array) -> Array:
+    """The value with the data along its first axis, if it has a data axis."""
+    if not plates.hold(site):
+        return value
+    axis = plates.axis(site) - len(site["fn"].event_shape)
+    return jnp.moveaxis(jnp.asarray(value), axis, 0)
+
+
+def _prior_draws(
+    model: Program, plates: DataPlates, num_samples: int, params: Any, key: Array, arrays: Values
+) -> Values:
+    def draw(key: Array) -> Values:
+        sites = trace_of(model, key, params, **arrays)
+        return {
+            name: _data_first(site, plates, site["value"])
+            for name, site in sites.items()
+            if is_latent(site)
+        }
+
+    return lax.map(draw, random.split(key, num_samples), batch_size=DRAWS_AT_ONCE)
+
+
+def _latent_draws(
+    guide: Program, shared: tuple[str, ...], params: Any, keys: tuple[Array, Array], batch: Values
+) -> dict[str, Site]:
+    """The guide's sites, global ones by the first key alone: the same for every batch."""
+    first = trace_of(guide, keys[0], params, **batch)
+    same = {n: s["value"] for n, s in first.items() if is_latent(s) and n in shared}
+    same |= {n: s["value"] for n, s in first.items() if is_latent(s) and is_auxiliary(s)}
+    return trace_of(guide, keys[1], params | same, **batch)
+
+
+def _both_keys(key: Array, batch_key: Array, num_samples: int) -> tuple[Array, Array]:
+    return random.split(key, num_samples), random.split(batch_key, num_samples)
+
+
+def _batch_first(values: Values, shared: tuple[str, ...]) -> Values:
+    """(draw, datum, ...) to (datum, draw, ...), as batches are joined; global sites stay."""
+    return {n: v if n in shared else jnp.moveaxis(v, 1, 0) for n, v in values.items()}
+
+
+def _posterior_draws(
+    model: Program,
+    guide: Program,
+    plates: DataPlates,
+    shared: tuple[str, ...],
+    num_samples: int,
+    params: Any,
+    key: Array,
+    batch_key: Array,
+    batch: Values,
+) -> Values:
+    def draw(keys: tuple[Array, Array]) -> Values:
+        sites = _latent_draws(guide, shared, params, keys, batch)
+        return {
+            name: _data_first(site, plates, site["value"])
+            for name, site in sites.items()
+            if is_latent(site) and not is_auxiliary(site)
+        }
+
+    keys = _both_keys(key, batch_key, num_samples)
+    return _batch_first(lax.map(draw, keys, batch_size=DRAWS_AT_ONCE), shared)
+
+
+def _posterior_means(
+    model: Program,
+    guide: Program,
+    plates: DataPlates,
+    shared: tuple[str, ...],
+    num_samples: int,
+    params: Any,
+    key: Array,
+    batch_key: Array,
+    batch: Values,
+) -> Values:
+    sites = _latent_draws(guide, shared, params, (key, batch_key), batch)
+    means = {
+        name: _data_first(site, plates, mean(site["fn"], key))[None]
+        for name, site in sites.items()
+        if is_latent(site) and not is_auxiliary(site)
+    }
+    return _batch_first(means, shared)
+
+
+def _predictive_draws(
+    model: Program,
+    guide: Program,
+    plates: DataPlates,
+    shared: tuple[str, ...],
+    num_samples: int,
+    params: Any,
+    key: Array,
+    batch_key: Array,
+    batch: Values,
+) -> Values:
+    def draw(keys: tuple[Array, Array]) -> Values:
+        drawn = _latent_draws(guide, shared, params, keys, batch)
+        latents = {name: site["value"] for name, site in drawn.items() if is_latent(site)}
+        free = seed(_Unobserved(substitute(model, data=params | latents)), keys[1])
+        sites = trace(free).get_trace(**batch)
+        return {
+            name: _data_first(site, plates, site["value"])
+            for name, site in sites.items()
+            if is_latent(site) and name not in latents
+        }
+
+    keys = _both_keys(key, batch_key, num_samples)
+    return _batch_first(lax.map(draw, keys, batch_size=DRAWS_AT_ONCE), shared)
+
+
+def _decode(
+    model: Program,
+    plates: DataPlates,
+    axes: tuple[tuple[str, int], ...],
+    size: int,
+    params: Any,
+    local: Values,
+    shared: Values,
+    arrays: Values,
+) -> Values:
+    """Datum by datum: a model without conditions knows no other length."""
+
+    def one(latents: Values, datum: Values) -> Values:
+        values = {name: jnp.expand_dims(latents[name], axis) for name, axis in axes}
+        given = condition(model, data=values | shared)
+        sites = trace_of(given, random.key(0), params, **{n: a[None] for n, a in datum.items()})
+        return {
+            name: _data_first(site, plates, mean(site["fn"], random.key(0)))[0]
+            for name, site in sites.items()
+            if site["type"] == "sample" and name not in values and name not in shared
+        }
+
+    if not local and not arrays:
+        return jax.tree.map(lambda x: x[None], one({}, {}))
+    return jax.vmap(one)(local, arrays)

@@ -1,304 +1,342 @@
-"""How an objective is scaled: nats per datum, whatever the batch.
+"""Objectives: what ``fit`` asks of them, the ones that NumPyro lacks, and all by name.
 
-On a batch of B out of N data,
+An objective is a NumPyro ELBO object. ``traits`` answers the few questions that the engine, the
+checks and the judges have. So a user's own objective is served like those here.
 
-    loss = - (N / B * (terms inside the plate "data") + (terms outside it)) / N,
+The objectives in this file also work in NumPyro's ``SVI``.
 
-whose expectation over batches and draws is the same for every B. The terms outside the plate
-are those of global latent variables; where there are none this is the batch's loss over B.
+| object                    | its gradient                                                     |
+|---------------------------|------------------------------------------------------------------|
+| ``StickingTheLanding``    | the ELBO's, without noise where the guide is the posterior       |
+| ``DoublyReparameterized`` | the importance-weighted bound's, of use to the guide for every K |
+| ``KLWeighted``            | an ELBO's, with beta times the divergence (a beta-VAE)           |
+| ``KLWarmUp``              | the same, and beta rises to 1 while training warms up            |
+| ``FreeBits``              | an ELBO's, with the first nats of the divergence free            |
+| ``Hybrid``                | the ELBO's, mixed with one that has the prior for its guide      |
 
-``OBJECTIVES`` has them by name. What NumPyro lacks is here, as ELBO objects that its own ``SVI``
-takes too:
-
-| object                    | the gradient is that of                                              |
-|---------------------------|----------------------------------------------------------------------|
-| ``StickingTheLanding``    | the ELBO, without noise where the guide is the posterior             |
-| ``DoublyReparameterized`` | the importance-weighted bound, in which the guide learns for every K |
-| ``KLWeighted``            | an ELBO with beta times the divergence (a beta-VAE)                  |
-| ``KLWarmUp``              | the same, beta rising to 1 while training warms up                   |
-| ``FreeBits``              | an ELBO whose divergence costs nothing below so many nats            |
-| ``Hybrid``                | the ELBO, in part with draws from the prior in place of the guide's  |
-
-The value of each is the bound itself, so that traces of runs compare.
+The value is always the ELBO or the named bound. So traces of different objectives can be compared.
+``inference._scaling`` turns it into nats per datum.
 """
 
-import copy
+import functools
+import inspect
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
+import numpyro.infer
 from jax import lax, random
 from jaxtyping import Array, Float
-from numpyro.handlers import block, replay, seed
-from numpyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from numpyro.handlers import block, replay, seed, substitute
+from numpyro.infer import (
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.util import compute_log_probs
-from numpyro.primitives import Messenger
 from numpyro.util import check_model_guide_match
 
+from inference._scaling import Derived, Rescale
 from inference.sites import (
-    DATA_PLATE,
+    DataPlates,
+    Program,
     Site,
     base,
-    data_axis,
+    data_plates,
     elementwise_kl,
-    in_data_plate,
     is_latent,
     is_observed,
-    length,
-    sum_by_datum,
     trace_of,
 )
 
-
-class _Rescale(Messenger):
-    """Multiplies the log densities of the sites that ``chosen`` picks by ``factor``."""
-
-    def __init__(self, fn: Callable[..., Any], factor: Any, chosen: Callable[[Any], bool]):
-        super().__init__(fn)
-        self.factor, self.chosen = factor, chosen
-
-    def process_message(self, msg: Any) -> None:
-        if msg["type"] == "sample" and self.chosen(msg):
-            msg["scale"] = self.factor * (1.0 if msg["scale"] is None else msg["scale"])
+# --- what an objective answers --------------------------------------------------------------------
 
 
-class PerDatum(ELBO):
-    """A NumPyro objective divided by the number of data, on batches of any size.
+@dataclass(frozen=True)
+class Traits:
+    """What the engine, the checks and the judges ask of an objective.
+
+    Attributes:
+        weighs_jointly: with global latent sites it weighs whole data sets, not each datum.
+        exact_divergences: it takes KL(q || p) by formula, site by site.
+        weighable_divergence: its divergence is a term by itself, and a weight can multiply it.
+        weighed_divergence: its divergence has such a weight already.
+        changes_with_step: it has a method ``at_step(step) -> ELBO``.
+        num_steps: steps until it stops changing. None for an objective that never changes.
+        latents_from_data: it takes the values of the latent sites from the data.
+    """
+
+    weighs_jointly: bool = False
+    exact_divergences: bool = False
+    weighable_divergence: bool = False
+    weighed_divergence: bool = False
+    changes_with_step: bool = False
+    num_steps: int | None = None
+    latents_from_data: bool = False
+
+
+def traits(objective: ELBO) -> Traits:
+    """The traits of an objective: its attribute ``traits``, or those of NumPyro's class."""
+    own = getattr(objective, "traits", None)
+    return _known_traits(objective) if own is None else own
+
+
+@functools.singledispatch
+def _known_traits(objective: Any) -> Traits:
+    """The traits by class. A subclass has those of its parent."""
+    return Traits()
+
+
+@_known_traits.register(TraceGraph_ELBO)
+@_known_traits.register(TraceEnum_ELBO)
+def _(objective: Any) -> Traits:
+    return Traits()
+
+
+@_known_traits.register(Trace_ELBO)
+def _(objective: Any) -> Traits:
+    return Traits(weighable_divergence=True)
+
+
+@_known_traits.register(TraceMeanField_ELBO)
+def _(objective: Any) -> Traits:
+    return Traits(weighable_divergence=True, exact_divergences=True)
+
+
+@_known_traits.register(RenyiELBO)
+def _(objective: Any) -> Traits:
+    return Traits(weighs_jointly=True)
+
+
+@_known_traits.register(Derived)
+def _(objective: Derived) -> Traits:
+    return traits(objective.objective)
+
+
+def check_objective(value: Any, name: str = "objective") -> None:
+    """Checks that a value is a NumPyro ELBO object.
 
     Args:
-        objective: a NumPyro ELBO object, in nats per batch.
-        num_data: N.
-        has_globals: whether the programs hold sample sites outside the plate "data".
+        value: what came.
+        name: the argument's name, for the message.
+
+    Raises:
+        TypeError: it is a class, a name, or something else.
     """
-
-    def __init__(self, objective: ELBO, num_data: int, has_globals: bool):
-        self.num_data, self.has_globals = num_data, has_globals
-        self.objective = _by_site(objective)
-        self.can_infer_discrete = objective.can_infer_discrete
-        self.multi_sample_guide = getattr(objective, "multi_sample_guide", False)
-
-    def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
-        """The loss per datum on a batch of keyword arrays."""
-        return self._scaled(self.objective.loss, rng_key, param_map, model, guide, kwargs)
-
-    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
-        """The loss per datum, and the programs' mutable state."""
-        method = self.objective.loss_with_mutable_state
-        return self._scaled(method, rng_key, param_map, model, guide, kwargs)
-
-    def _scaled(self, method, rng_key, param_map, model, guide, batch):
-        size = length(batch)
-        if self.has_globals:
-            factor, size = self.num_data / size, self.num_data
-            model, guide = (_Rescale(fn, factor, in_data_plate) for fn in (model, guide))
-        with warnings.catch_warnings():  # ``fit`` checks what NumPyro guesses from the sites' order
-            warnings.filterwarnings("ignore", "Failed to verify mean field restriction")
-            result = method(rng_key, param_map, model, guide, **batch)
-        if isinstance(result, dict) and "mutable_state" in result:
-            return result | {"loss": _sum_by_name(result["loss"]) / size}
-        return _sum_by_name(result) / size
+    if isinstance(value, ELBO):
+        return
+    known = 'write Trace_ELBO(), or inference.OBJECTIVES["Trace_ELBO"](num_particles)'
+    if isinstance(value, type) and issubclass(value, ELBO):
+        parameters = inspect.signature(value).parameters.values()
+        needed = any(p.default is p.empty and p.kind not in (2, 4) for p in parameters)
+        got = f"the class {value.__name__}"
+        known = f"write {value.__name__}({'...' if needed else ''})"
+    elif isinstance(value, str):
+        got = f"the name {value!r}"
+        if value in OBJECTIVES:
+            known = f"write inference.OBJECTIVES[{value!r}](num_particles)"
+        elif inspect.isclass(getattr(numpyro.infer, value, None)):
+            known = f"write numpyro.infer.{value}()"
+        else:
+            known = f"the names in inference.OBJECTIVES are {', '.join(sorted(OBJECTIVES))}"
+    elif callable(value):
+        got = f"the function {getattr(value, '__name__', value)!r}"
+        known = "call it first: inference.OBJECTIVES has functions of num_particles"
+    else:
+        got = f"{value!r} ({type(value).__name__})"
+    raise TypeError(f"{name}: expected a NumPyro ELBO object, got {got}; {known}")
 
 
-def _by_site(objective: ELBO) -> ELBO:
-    """The objective with its terms by site, where NumPyro would sum them in the order of a set.
+def _check_divergence(objective: Any, weighed: bool) -> None:
+    """Refuses an objective without a divergence to weigh.
 
-    Strings hash differently in every process, and so would that sum round: summed by name, the
-    same seed gives the same bits everywhere.
+    Args:
+        objective: what came.
+        weighed: whether its divergence may have a weight already.
     """
-    objective = copy.copy(objective)
-    if getattr(objective, "sum_sites", False):
-        objective.sum_sites = False
-    return objective
-
-
-def _sum_by_name(terms: Any) -> Any:
-    return sum(terms[name] for name in sorted(terms)) if isinstance(terms, dict) else terms
-
-
-def nested(objective: ELBO) -> Iterator[ELBO]:
-    """The objective, and those it is made from."""
-    while objective is not None:
-        yield objective
-        objective = getattr(objective, "objective", None)
+    check_objective(objective)
+    known = traits(objective)
+    if known.weighable_divergence and (weighed or not known.weighed_divergence):
+        return
+    names = "Trace_ELBO, TraceMeanField_ELBO, StickingTheLanding"
+    names += ", Hybrid, KLWeighted" if weighed else ""
+    why = "has a weight already" if known.weighable_divergence else "is no term by itself"
+    raise TypeError(
+        f"objective: expected {names} or a subclass, got {type(objective).__name__}, where the "
+        f"divergence {why}; train it without warm-up, beta, free bits and Hybrid"
+    )
 
 
 # --- the weight of the divergence -----------------------------------------------------------------
 
 
-class KLWarmUp(ELBO):
-    """An ELBO whose gradient neglects the divergence at first (Bowman et al. 2016, section 3.1).
+class KLWarmUp(Derived):
+    """An ELBO with a gradient that neglects the divergence at first (Bowman et al. 2016,
+    section 3.1).
 
-    At step t of the warm-up the gradient is that of
+    At step t of the warm-up the gradient is the gradient of
 
         E_q [ log p(x | z, c) ] - w(t) KL( q(z | x, c) || p(z | c) ),    w(t) = start + (1 - start)
-                                                                                * t / num_steps,
+                                                                                * t / num_steps.
 
-    and of the ELBO itself from step ``num_steps`` on. Its value is always the ELBO, so that traces
-    of runs with and without compare. ``fit`` knows the step; to plain ``SVI``, which does not tell
-    it to its objective, give ``KLWeighted(objective, w)``.
+    From step ``num_steps`` on it is the gradient of the ELBO itself. The value is always the ELBO,
+    so traces with and without a warm-up can be compared. ``fit`` asks for the objective of each
+    step, ``at_step(step)``. Plain ``SVI`` does not: give it ``KLWeighted(objective, w)``.
 
     Args:
-        objective: one that ``KLWeighted`` takes; a ``KLWeighted`` warms up to its own weight.
+        objective: one that ``KLWeighted`` takes. A ``KLWeighted`` warms up to its own weight.
         num_steps: steps until the weight is 1. ``fit`` refuses more than it trains.
         start: the first step's weight.
 
     Raises:
-        ValueError: a number out of range.
-        TypeError: an objective in which the divergence is no term of its own.
+        ValueError: a number is out of range.
+        TypeError: the objective has no divergence that can be weighed.
     """
 
     def __init__(self, objective: ELBO, num_steps: int, start: float = 0.0):
-        if num_steps < 1:
-            raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
+        _check_divergence(objective, weighed=True)
+        _check_count("num_steps", num_steps)
         if not 0 <= start <= 1:
             raise ValueError(f"start: expected a weight from 0 to 1, got {start}")
-        KLWeighted(objective, start)
-        super().__init__(objective.num_particles)
-        self.objective, self.num_steps, self.start = objective, num_steps, start
-        self.can_infer_discrete = objective.can_infer_discrete
+        super().__init__(objective)
+        self.num_steps, self.start = int(num_steps), start
+
+    @property
+    def traits(self) -> Traits:
+        """What ``inference.objectives.traits`` answers."""
+        inner = traits(self.objective)
+        return replace(
+            inner, changes_with_step=True, num_steps=self.num_steps, weighable_divergence=False
+        )
 
     def weight(self, step: Any) -> Any:
         """w(t)."""
         return self.start + (1 - self.start) * jnp.minimum(step / self.num_steps, 1.0)
 
-    def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
-        """The loss at full weight."""
-        return self.objective.loss(rng_key, param_map, model, guide, *args, **kwargs)
+    def at_step(self, step: Any) -> ELBO:
+        """The objective of a step, counted from 0. The step may be traced."""
+        return KLWeighted(self.objective, self.weight(step))
 
-    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+    def derive(self, evaluate, rng_key, param_map, model, guide, args, kwargs):
         """The loss at full weight, and the programs' mutable state."""
-        return self.objective.loss_with_mutable_state(
-            rng_key, param_map, model, guide, *args, **kwargs
-        )
+        return evaluate(model, guide)
 
 
-class KLWeighted(ELBO):
-    """An ELBO with its own value, and the gradient of one whose divergence is weighed.
+class KLWeighted(Derived):
+    """An ELBO with a weight on the divergence in its gradient, and none in its value.
 
-    With a fixed weight beta it trains a beta-VAE (Higgins et al. 2017, equation 4),
+    A fixed weight beta trains a beta-VAE (Higgins et al. 2017, equation 4),
 
-        E_q [ log p(x | z, c) ] - beta KL( q(z | x, c) || p(z | c) ),
+        E_q [ log p(x | z, c) ] - beta KL( q(z | x, c) || p(z | c) ).
 
-    and the value, in traces and on held-out data, is the ELBO: what the data are worth.
+    The value is the ELBO, in traces and on held-out data.
 
     Args:
-        objective: ``Trace_ELBO``, ``TraceMeanField_ELBO``, ``StickingTheLanding``, a ``Hybrid``, in
-            which the guide's divergence alone is weighed, another ``KLWeighted`` (the weights
-            multiply), or one of these per datum.
-        weight: of the divergence, a number from 0 or a traced scalar.
+        objective: ``Trace_ELBO``, ``TraceMeanField_ELBO``, ``StickingTheLanding``, ``Hybrid`` or a
+            subclass of these. In a ``Hybrid`` only the guide's divergence is weighed. With another
+            ``KLWeighted`` the weights multiply.
+        weight: a number from 0, or a traced scalar.
 
     Raises:
-        TypeError: an objective in which the divergence is no term of its own.
-        ValueError: a weight out of range.
+        TypeError: the objective has no divergence that can be weighed.
+        ValueError: the weight is out of range.
     """
 
     def __init__(self, objective: ELBO, weight: Any):
-        inner = next(o for o in nested(objective) if not isinstance(o, PerDatum | KLWeighted))
-        _require_divergence(inner)
+        _check_divergence(objective, weighed=True)
         if isinstance(weight, int | float) and not 0 <= weight < math.inf:
             raise ValueError(f"weight: expected a finite number from 0, got {weight}")
-        super().__init__(inner.num_particles)
-        self.objective, self.kl_weight = _by_site(objective), weight
-        self.can_infer_discrete = objective.can_infer_discrete
+        super().__init__(objective)
+        self.kl_weight = weight
 
-    def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
-        """The loss."""
-        return self._combine(self.objective.loss, rng_key, param_map, model, guide, args, kwargs)
+    @property
+    def traits(self) -> Traits:
+        """What ``inference.objectives.traits`` answers."""
+        return replace(traits(self.objective), weighed_divergence=True)
 
-    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+    def derive(self, evaluate, rng_key, param_map, model, guide, args, kwargs):
         """The loss, and the programs' mutable state."""
-        method = self.objective.loss_with_mutable_state
-        return self._combine(method, rng_key, param_map, model, guide, args, kwargs)
-
-    def _combine(self, method, rng_key, param_map, model, guide, args, kwargs):
         # Both have the same draws, so that the compiler evaluates them once.
-        plain = method(rng_key, param_map, model, guide, *args, **kwargs)
-        model, guide = (_Rescale(fn, self.kl_weight, is_latent) for fn in (model, guide))
-        weighed = method(rng_key, param_map, model, guide, *args, **kwargs)
-        if isinstance(plain, dict) and "mutable_state" in plain:
-            return plain | {"loss": _with_gradient_of(plain["loss"], weighed["loss"])}
-        return _with_gradient_of(plain, weighed)
-
-
-def _require_divergence(objective: ELBO) -> None:
-    if type(objective) not in (Trace_ELBO, TraceMeanField_ELBO, StickingTheLanding, Hybrid):
-        raise TypeError(
-            f"objective: expected Trace_ELBO, TraceMeanField_ELBO, StickingTheLanding or Hybrid, "
-            f"in which the divergence is a term of its own, got {type(objective).__name__}; train "
-            f"it without warm-up, beta and free bits"
-        )
+        plain, state = evaluate(model, guide)
+        model, guide = (Rescale(fn, self.kl_weight, is_latent) for fn in (model, guide))
+        return _with_gradient_of(plain, evaluate(model, guide)[0]), state
 
 
 def _with_gradient_of(value: Any, other: Any) -> Any:
-    value, other = _sum_by_name(value), _sum_by_name(other)
     return other + lax.stop_gradient(value - other)
 
 
-class FreeBits(ELBO):
-    """An ELBO with its own value, and the gradient of one in which some nats are free.
+class FreeBits(Derived):
+    """An ELBO with some nats of the divergence free in its gradient, and none in its value.
 
-    Kingma et al. 2016, appendix C.8: with KL_i the divergence of dimension i of z, averaged over
-    the batch, the gradient is that of
+    Kingma et al. 2016, appendix C.8. KL_i is the divergence of dimension i of z, averaged over the
+    batch. The gradient is the gradient of
 
-        E_q [ log p(x | z, c) ] - sum_i max( nats, KL_i ),
+        E_q [ log p(x | z, c) ] - sum_i max( nats, KL_i ).
 
-    so that a dimension loses nothing by telling up to ``nats`` nats per datum, and is not given up
-    before the decoder has learnt to listen. Divergences are exact; with ``TraceMeanField_ELBO``
-    inside, a free dimension's cancels from the gradient exactly, with another ELBO on average.
+    So a dimension may tell up to ``nats`` nats per datum at no cost. It is not given up before the
+    decoder has learnt to listen. The divergences are exact. A free dimension's divergence has no
+    gradient: exactly none with ``TraceMeanField_ELBO`` inside, none on average with another ELBO.
 
     Args:
-        objective: ``Trace_ELBO``, ``TraceMeanField_ELBO`` or ``StickingTheLanding``.
-        nats: per datum, free in each dimension of each latent site; from 0.
+        objective: ``Trace_ELBO``, ``TraceMeanField_ELBO``, ``StickingTheLanding`` or a subclass.
+        nats: nats per datum that are free in each dimension of each latent site, from 0.
 
     Raises:
-        TypeError: an objective in which the divergence is no term of its own.
-        ValueError: ``nats`` out of range; in use, a latent site outside the plate "data", or whose
-            guide and prior do not factorise over dimensions or have no formula for the divergence.
+        TypeError: the objective has no divergence that can be weighed, or has weighed it.
+        ValueError: ``nats`` is out of range. In use: a latent site is global, or the divergence of
+            its guide and prior has no formula dimension by dimension.
     """
 
     def __init__(self, objective: ELBO, nats: float):
-        _require_divergence(objective)
+        _check_divergence(objective, weighed=False)
         if not 0 <= nats < math.inf:
             raise ValueError(f"nats: expected a finite number from 0, got {nats}")
-        super().__init__(objective.num_particles)
-        self.objective, self.nats = _by_site(objective), nats
-        self.can_infer_discrete = objective.can_infer_discrete
+        super().__init__(objective)
+        self.nats = nats
 
-    def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
-        """The loss."""
-        loss = self.objective.loss(rng_key, param_map, model, guide, *args, **kwargs)
-        return self._free(loss, rng_key, param_map, model, guide, args, kwargs)
+    @property
+    def traits(self) -> Traits:
+        """What ``inference.objectives.traits`` answers."""
+        inner = traits(self.objective)
+        return replace(inner, exact_divergences=True, weighable_divergence=False)
 
-    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+    def derive(self, evaluate, rng_key, param_map, model, guide, args, kwargs):
         """The loss, and the programs' mutable state."""
-        method = self.objective.loss_with_mutable_state
-        result = method(rng_key, param_map, model, guide, *args, **kwargs)
-        loss = self._free(result["loss"], rng_key, param_map, model, guide, args, kwargs)
-        return result | {"loss": loss}
+        loss, state = evaluate(model, guide)
+        plates = _data_plates(model, param_map, args, kwargs)
 
-    def _free(self, loss, rng_key, param_map, model, guide, args, kwargs):
         def divergences(key: Array) -> dict[str, tuple[Array, Array]]:
-            """By latent site: data, or what a batch stands for; nats of every dimension."""
+            """By latent site: the number of data in the batch; nats of every dimension."""
             model_key, guide_key = random.split(key)  # as NumPyro splits it: the same draws
             drawn = trace_of(guide, guide_key, param_map, *args, **kwargs)
             sites = trace_of(replay(model, drawn), model_key, param_map, *args, **kwargs)
             check_model_guide_match(sites, drawn)
-            return {n: _mean_kl(drawn[n], s) for n, s in sorted(sites.items()) if is_latent(s)}
+            latent = (name for name in sorted(sites) if is_latent(sites[name]))
+            return {name: _mean_kl(drawn[name], sites[name], plates) for name in latent}
 
-        loss = _sum_by_name(loss)
-        for count, kl in jax.vmap(divergences)(_keys(rng_key, self.num_particles)).values():
+        keys = _keys(rng_key, self.num_particles)
+        vectorize = self.vectorize_particles_fn if self.num_particles > 1 else _vmap
+        for count, kl in vectorize(divergences, keys).values():
             unused = count[0] * jnp.maximum(self.nats - kl.mean(0), 0.0).sum()
             loss += unused - lax.stop_gradient(unused)
-        return loss
+        return loss, state
 
 
-def _mean_kl(drawn: Site, site: Site) -> tuple[Array, Float[Array, " z"]]:
-    axis = data_axis(drawn)
+def _vmap(fn: Callable[..., Any], keys: Array) -> Any:
+    return jax.vmap(fn)(keys)
+
+
+def _mean_kl(drawn: Site, site: Site, plates: DataPlates) -> tuple[Array, Float[Array, " z"]]:
+    axis = plates.axis(drawn)
     kl = elementwise_kl(drawn["fn"], site["fn"])
     if kl is None:
         raise ValueError(
@@ -311,6 +349,32 @@ def _mean_kl(drawn: Site, site: Site) -> tuple[Array, Float[Array, " z"]]:
     return jnp.asarray(scale * len(kl)), kl.reshape(len(kl), -1).mean(0)
 
 
+def _data_plates(
+    model: Program, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> DataPlates:
+    """The plates that hold the data, in a model called as plain ``SVI`` calls it.
+
+    Arguments that are no arrays stay as they are.
+
+    Raises:
+        ValueError: there are no arrays.
+    """
+    given = {str(i): value for i, value in enumerate(args)} | kwargs
+    arrays = {name: value for name, value in given.items() if getattr(value, "ndim", 0)}
+    if not arrays:
+        raise ValueError(
+            f"model: expected arrays of data among its arguments, got {sorted(given)}; give the "
+            f"data as arguments: the plate that follows their length holds them"
+        )
+
+    def run(**batch: Any) -> Any:
+        found = given | batch
+        fixed = substitute(model, data=params)
+        return fixed(*(found[str(i)] for i in range(len(args))), **{n: found[n] for n in kwargs})
+
+    return data_plates(run, **arrays)
+
+
 # --- gradients along the path of the draws --------------------------------------------------------
 
 
@@ -318,20 +382,22 @@ class StickingTheLanding(ELBO):
     """The ELBO, with the gradient of Roeder, Wu & Duvenaud 2017 (equation 7).
 
     log q(z | x, c) depends on the guide's parameters directly and through the draw z. The direct
-    part has expectation zero and is left out: where the guide is the exact posterior the gradient
-    of its parameters is then zero for every draw, and not only on average. A parameter that the
-    model uses too keeps its gradient in log p(x, z | c).
+    part has expectation zero and is left out. Where the guide is the exact posterior, the gradient
+    of its parameters is then zero for every draw, not only on average. A parameter that the model
+    uses too keeps its gradient in log p(x, z | c).
 
     Args:
         num_particles: draws of z per datum.
 
     Raises:
-        ValueError: ``num_particles`` below 1; in use, a latent site whose draws have no gradient,
-            or a factor in the guide.
+        ValueError: ``num_particles`` is below 1. In use: the draws of a latent site have no
+            gradient, or the guide has a factor.
     """
 
+    traits = Traits(weighable_divergence=True)
+
     def __init__(self, num_particles: int = 1):
-        _require_particles(num_particles)
+        _check_count("num_particles", num_particles)
         super().__init__(num_particles)
 
     def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
@@ -349,42 +415,47 @@ class StickingTheLanding(ELBO):
 class DoublyReparameterized(ELBO):
     """The importance-weighted bound, with the gradient of Tucker et al. 2019 (equation 8).
 
-    With w_k = p(x, z_k | c) / q(z_k | x, c), z_k from the guide, the value is that of Burda et al.
-    2016 (equation 8), each datum with its own weights,
+    The guide draws z_k, and w_k = p(x, z_k | c) / q(z_k | x, c). Each datum has its own weights.
+    The value is the bound of Burda et al. 2016 (equation 8),
 
-        L_K = E [ log (1 / K) sum_k w_k ],
+        L_K = E [ log (1 / K) sum_k w_k ].
 
-    and, v_k = w_k / sum_j w_j being the share of draw k, the gradient of the
+    The share of draw k is v_k = w_k / sum_j w_j. The gradient of the
 
         model's parameters is  sum_k v_k    (d / d theta) log w_k,
-        guide's parameters is  sum_k v_k^2  (d log w_k / d z_k) (d z_k / d phi),
+        guide's parameters is  sum_k v_k^2  (d log w_k / d z_k) (d z_k / d phi).
 
-    which is unbiased as the plain one is, but whose signal does not drown as K grows (Rainforth et
-    al. 2018). A parameter that both programs use gets the sum of the two: the first for its part
-    in log p(x, z | c), the second for its part in drawing z. One particle is
-    ``StickingTheLanding``.
+    It is unbiased, as the plain gradient is. But the plain one drowns in noise as K grows
+    (Rainforth et al. 2018), and this one does not. A parameter in both programs gets the sum of the
+    two: the first for its part in log p(x, z | c), the second for its part in drawing z. With one
+    particle this is ``StickingTheLanding``.
 
     Args:
         num_particles: K, draws of z per datum.
 
     Raises:
-        ValueError: as ``StickingTheLanding``; in use, a site outside the plate "data", or a plate
-            that draws its own batches.
+        ValueError: as ``StickingTheLanding``. In use: a site lies outside the plates of the data,
+            or a plate draws its own batches.
     """
 
+    traits = Traits()
+
     def __init__(self, num_particles: int = 2):
-        _require_particles(num_particles)
+        _check_count("num_particles", num_particles)
         super().__init__(num_particles)
 
     def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
         """The loss: its value is minus the importance-weighted bound."""
+        plates = _data_plates(model, param_map, args, kwargs)
 
         def log_weights(share: Float[Array, "particle batch"] | None) -> Any:
             def particle(key: Array, share: Any) -> Array:
-                densities = _along_the_path(key, param_map, model, guide, args, kwargs, share)
+                path = None if share is None else (plates, share)
+                densities = _along_the_path(key, param_map, model, guide, args, kwargs, path)
                 log_q, q_sites, log_p, p_sites = densities
-                size = _batch_size(p_sites)
-                return sum_by_datum(log_p, p_sites, size) - sum_by_datum(log_q, q_sites, size)
+                size = _batch_size(p_sites, plates)
+                log_p = plates.sum_by_datum(log_p, p_sites, size)
+                return log_p - plates.sum_by_datum(log_q, q_sites, size)
 
             keys = _keys(rng_key, self.num_particles)
             return jax.vmap(particle, in_axes=(0, None if share is None else 0))(keys, share)
@@ -399,20 +470,21 @@ class DoublyReparameterized(ELBO):
 def _along_the_path(
     key: Array,
     params: dict[str, Any],
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    share: Float[Array, " batch"] | None = None,
+    path: tuple[DataPlates, Float[Array, " batch"]] | None = None,
 ) -> tuple[dict[str, Array], dict[str, Any], dict[str, Array], dict[str, Any]]:
     """log q and its sites, log p and its sites, of one draw from the guide.
 
-    The parameters of log q are held fixed: the guide's reach it, as log p, through the draw alone.
-    The gradient of every datum's draws is multiplied by ``share``.
+    The parameters of log q are held fixed. The guide's parameters reach log q and log p through the
+    draw alone. With ``path``, the data plates and a factor for every datum, the factor multiplies
+    the gradient of that datum's draws.
     """
     model_key, guide_key = random.split(key)
     drawn = trace_of(guide, guide_key, params, *args, **kwargs)
-    drawn = {name: _drawn_along(site, share) for name, site in drawn.items()}
+    drawn = {name: _drawn_along(site, path) for name, site in drawn.items()}
     # A Delta follows from the other draws. So that it still agrees with them it is not drawn again.
     draws = {
         name: site["value"]
@@ -430,124 +502,120 @@ def _along_the_path(
     return log_q, q_sites, log_p, p_sites
 
 
-def _drawn_along(site: Site, share: Array | None) -> Site:
+def _drawn_along(site: Site, path: tuple[DataPlates, Array] | None) -> Site:
     if site["type"] != "sample":
         return site
     if site["is_observed"]:
         raise ValueError(
-            f"guide site {site['name']!r}: expected latent sites alone, got a factor, whose "
-            f"gradient would be lost; use Trace_ELBO"
+            f"guide site {site['name']!r}: expected latent sites alone, got a factor; its gradient "
+            f"would be lost: use Trace_ELBO"
         )
     if not site["fn"].has_rsample:
         raise ValueError(
-            f"guide site {site['name']!r}: expected a distribution whose draws have a gradient, "
+            f"guide site {site['name']!r}: expected a distribution with a gradient in its draws, "
             f"got {type(base(site['fn'])).__name__}; relax it, or use TraceGraph_ELBO"
         )
-    if share is None:
+    if path is None:
         return site
-    axis = data_axis(site) - site["fn"].event_dim
-    factor = share.reshape(-1, *(1 for _ in range(-axis - 1)))
+    plates, factor = path
+    axis = plates.axis(site) - site["fn"].event_dim
+    factor = factor.reshape(-1, *(1 for _ in range(-axis - 1)))
     return site | {"value": _scale_gradient(site["value"], factor)}
 
 
 @jax.custom_jvp
 def _scale_gradient(x: Array, factor: Array) -> Array:
-    """x, whose gradient is multiplied by ``factor``."""
+    """x, with ``factor`` times its gradient."""
     return x
 
 
 @_scale_gradient.defjvp
 def _scale_tangent(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
-    return primals[0], primals[1] * tangents[0]
+    return primals[0], (primals[1] * tangents[0]).astype(tangents[0].dtype)
 
 
-def _batch_size(sites: dict[str, Site]) -> int:
-    """The length of the plate "data" around the sites of a program."""
-    sampled = next(site for site in sites.values() if site["type"] == "sample")
-    data_axis(sampled)  # that of every other site is asked for when densities are summed
-    size = next(frame.size for frame in sampled["cond_indep_stack"] if frame.name == DATA_PLATE)
-    whole = sites[DATA_PLATE]["args"][0]
-    if size != whole:
-        raise ValueError(
-            f'plate "data": expected all of its data, got a subsample of {size} out of {whole}; '
-            f"take the size from the arguments and let ``fit`` draw the batches"
-        )
-    return size
+def _batch_size(sites: dict[str, Site], plates: DataPlates) -> int:
+    """The number of data in the plates around the sites of a program."""
+    for name, site in sorted(sites.items()):
+        size, subsample_size = site["args"] if site["type"] == "plate" else (0, None)
+        if subsample_size not in (None, size):
+            raise ValueError(
+                f"plate {name!r}: expected all of its data, got a subsample of {subsample_size} "
+                f"out of {size}; take the size from the arguments and let ``fit`` draw the batches"
+            )
+    sampled = [site for _, site in sorted(sites.items()) if site["type"] == "sample"]
+    for site in sampled:
+        plates.axis(site)  # refuses a global site
+    frames = sampled[0]["cond_indep_stack"]
+    return next(frame.size for frame in frames if frame.name in plates.names)
 
 
 def _keys(rng_key: Array, num_particles: int) -> Array:
-    """One for each particle, as NumPyro splits them."""
+    """A key for each particle, as NumPyro splits them."""
     return random.split(rng_key, num_particles) if num_particles > 1 else rng_key[None]
 
 
-def _require_particles(num_particles: int) -> None:
-    if num_particles < 1:
-        raise ValueError(f"num_particles: expected at least 1, got {num_particles}")
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
 
 
 # --- draws from the prior ------------------------------------------------------------------------
 
 
-class Hybrid(ELBO):
-    """A mixture of the ELBO and of what the model expects of its own prior's draws.
+class Hybrid(Derived):
+    """The ELBO, mixed with one that has the prior for its guide.
 
-        alpha * E_q [ log p(x, z | c) - log q(z | x, c) ]  +  (1 - alpha) * E_p [ log p(x | z, c) ],
+        alpha * E_q [ log p(x, z | c) - log q(z | x, c) ]  +  (1 - alpha) * E_p [ log p(x | z, c) ]
 
-    with z ~ p(z | c) in the second (Sohn, Lee & Yan 2015, section 4, who write x -> y for our
-    c -> x). The second is the ELBO whose guide is the prior: what the paper's Gaussian stochastic
-    network is trained on, and the way in which the model is used where x is unknown. Both are
-    lower bounds of log p(x | c), and so is the mixture.
+    In the second term z is drawn from p(z | c) (Sohn, Lee & Yan 2015, section 4; they write x -> y
+    for our c -> x). The paper's Gaussian stochastic network is trained on the second term alone. It
+    trains the model the way it is used if x is unknown. Both terms are lower bounds of
+    log p(x | c), and so is the mixture.
 
     Args:
         alpha: the share of the ELBO, 0 to 1.
-        objective: ``Trace_ELBO`` (unless given) or ``TraceMeanField_ELBO``.
+        objective: ``Trace_ELBO``, ``TraceMeanField_ELBO``, ``StickingTheLanding`` or a subclass.
+            None is ``Trace_ELBO()``.
 
     Raises:
-        ValueError: a share out of range.
-        TypeError: an objective that is no expectation over draws of the guide.
+        ValueError: the share is out of range.
+        TypeError: the objective has no divergence that can be weighed, or has weighed it.
     """
 
     def __init__(self, alpha: float, objective: ELBO | None = None):
-        inner: ELBO = Trace_ELBO() if objective is None else copy.copy(objective)
+        objective = Trace_ELBO() if objective is None else objective
+        _check_divergence(objective, weighed=False)
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: expected a share from 0 to 1, got {alpha}")
-        if type(inner) not in (Trace_ELBO, TraceMeanField_ELBO):
-            raise TypeError(
-                f"objective: expected Trace_ELBO or TraceMeanField_ELBO, got "
-                f"{type(inner).__name__}; a mixture of others is not the paper's"
-            )
-        super().__init__(inner.num_particles)
-        inner.sum_sites = False  # summed by name, as in PerDatum
-        self.alpha, self.objective = alpha, inner
-        self.can_infer_discrete = inner.can_infer_discrete
+        super().__init__(objective)
+        self.alpha = alpha
 
-    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
-        """The loss, and the programs' mutable state (that of the guide's draws, if there are any).
+    @property
+    def traits(self) -> Traits:
+        """What ``inference.objectives.traits`` answers."""
+        return replace(traits(self.objective), weighed_divergence=True)
 
-        Both parts have the same key: at alpha 1 and 0 the loss is that of one part to the bit.
+    def derive(self, evaluate, rng_key, param_map, model, guide, args, kwargs):
+        """The loss, and the programs' mutable state after the guide's draws.
+
+        Both parts have the same key. At alpha 1 and 0 the loss is one part, to the bit.
         """
-
-        def part(guide: Any) -> Any:
-            method = self.objective.loss_with_mutable_state
-            result = method(rng_key, param_map, model, guide, *args, **kwargs)
-            return result | {"loss": _sum_by_name(result["loss"])}
-
         prior = block(model, hide_fn=is_observed)
         if self.alpha in (0, 1):
-            return part(guide if self.alpha else prior)
-        by_prior, by_guide = part(prior), part(guide)
-        loss = self.alpha * by_guide["loss"] + (1 - self.alpha) * by_prior["loss"]
-        return by_guide | {"loss": loss}
+            return evaluate(model, guide if self.alpha else prior)
+        (by_prior, _), (by_guide, state) = evaluate(model, prior), evaluate(model, guide)
+        return self.alpha * by_guide + (1 - self.alpha) * by_prior, state
 
 
 # --- by name --------------------------------------------------------------------------------------
 
-# From the number of particles to an objective. RenyiELBO's order is 0, which makes it the
-# importance-weighted bound of Burda et al. 2016; the weights are each datum's own where every site
-# is in the plate "data".
+# From the number of particles to an objective. RenyiELBO of order 0 is the importance-weighted
+# bound of Burda et al. 2016. If every site lies in a data plate, each datum has its own weights.
 OBJECTIVES: dict[str, Callable[[int], ELBO]] = {
     "Trace_ELBO": Trace_ELBO,
     "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "TraceEnum_ELBO": TraceEnum_ELBO,
     "RenyiELBO": lambda num_particles: RenyiELBO(num_particles=num_particles),
     "importance-weighted": lambda num_particles: RenyiELBO(num_particles=num_particles),
     "doubly-reparameterized": DoublyReparameterized,

@@ -1,17 +1,18 @@
-"""Monte Carlo particles with less noise, for NumPyro's own objectives.
+"""Monte Carlo particles with less noise, for NumPyro's own objectives and their subclasses.
 
-``Trace_ELBO(num_particles=2, vectorize_particles=antithetic)`` is the ordinary ELBO and has the
-ordinary expectation, but its two particles are mirror images of each other and the noise is
-spread evenly over the data:
+``Trace_ELBO(num_particles=2, vectorize_particles=antithetic)`` is an ordinary ELBO with the
+ordinary expectation. Its two particles are mirror images, and their noise is spread evenly over
+the data:
 
-- antithetic (Hammersley & Morton 1956): with z = loc + scale * e the second particle takes -e,
-  so that every term odd in e cancels;
+- antithetic (Hammersley & Morton 1956): the first particle is z = loc + scale * e, the second has
+  -e in place of e. So every term that is odd in e cancels.
 - stratified (McKay, Beckman & Conover 1979; for variational inference Buchholz, Wenzel & Mandt
-  2018): among the B data of a batch, |e| takes one value from each of B strata of equal
-  probability, in random order and independently for each dimension of z, so that the terms even
-  in e nearly average out over the batch.
+  2018): a batch has B data, and the values of |e| are cut into B strata of equal probability. Each
+  datum gets one stratum, in random order and independently for each dimension of z. So the terms
+  that are even in e nearly average out over the batch.
 
-Each datum's e is still exactly standard normal, so that the estimator stays unbiased.
+Each datum's e is still exactly standard normal, so the estimator stays unbiased. The strata lie
+along the one plate around all observed sites. Sites outside it have mirrored noise only.
 """
 
 from collections.abc import Callable
@@ -24,41 +25,52 @@ from jax import lax, random
 from jaxtyping import Array, Float, PyTree
 from numpyro.primitives import Messenger
 
-from inference.shuffle import permute
+from inference._shuffle import permute
 from inference.sites import base
 
 
 def antithetic(particle: Callable[[Array], PyTree], keys: Array) -> PyTree:
-    """Evaluates two mirrored particles; pass as ``vectorize_particles`` of a NumPyro objective.
+    """Two mirrored particles. Pass it as ``vectorize_particles`` to a NumPyro objective.
 
     Args:
-        particle: from a key to the objective's particle (NumPyro's own).
-        keys: two keys; the first is used for both.
+        particle: NumPyro's function from a key to the objective's particle.
+        keys: two keys. The first one serves both particles.
 
     Raises:
-        ValueError: for another number of particles.
-        TypeError: for a latent site that is not Gaussian with independent dimensions.
+        ValueError: there are not two particles.
+        TypeError: a latent site is not Gaussian with independent dimensions.
     """
     if len(keys) != 2:
-        raise ValueError(f"num_particles: expected 2 for antithetic particles, got {len(keys)}")
+        raise ValueError(
+            f"num_particles: expected 2 for antithetic particles, got {len(keys)}; write "
+            f"num_particles=2, or leave vectorize_particles out"
+        )
+
+    observed = _Observed()
+    with observed:
+        jax.eval_shape(particle, keys[0])
+    plates = frozenset.intersection(*observed.plates) if observed.plates else frozenset()
 
     def evaluate(sign: Array) -> PyTree:
-        with _Stratified(sign):
+        with _Mirrored(sign, min(plates) if len(plates) == 1 else None):
             return particle(keys[0])
 
     return jax.vmap(evaluate)(jnp.array([1.0, -1.0]))  # the noise itself is drawn once
 
 
 def stratified_normal(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Standard normal noise, stratified over the leading axis; its mirror image is the negative.
+    """Standard normal noise, stratified over the leading axis.
+
+    Every entry is standard normal, and entries of one row are independent. The absolute values of
+    a column fall one into each of B equal strata.
 
     Args:
         key: a random key.
-        shape: (B, ...). Every entry is standard normal; entries of one row are independent;
-            within a column the absolute values fall one into each of B equal strata.
+        shape: (B, ...).
     """
     size = shape[0] if shape else 1
-    bits = random.bits(key, (size + 1, *shape[1:]))  # one draw of bits serves everything
+    # One draw serves everything. The type is fixed: with 64-bit JAX the default has 64 bits.
+    bits = random.bits(key, (size + 1, *shape[1:]), jnp.uint32)
     order, bits = bits[:1], bits[1:].reshape(shape)
     rows = jnp.arange(size).reshape(-1, *(1 for _ in shape[1:]))
     strata = permute(rows, size, order).reshape(shape)
@@ -67,12 +79,27 @@ def stratified_normal(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]
     return jnp.where(bits & 1, -1.0, 1.0) * jnp.sqrt(2.0) * lax.erf_inv(quantile)
 
 
-class _Stratified(Messenger):
-    """Draws every latent site as loc + scale * sign * e with stratified e."""
+class _Observed(Messenger):
+    """Notes the plates around each observed site."""
 
-    def __init__(self, sign: Float[Array, ""]):
+    def __init__(self):
         super().__init__()
-        self.sign = sign
+        self.plates: list[frozenset[str]] = []
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and msg["is_observed"]:
+            self.plates.append(frozenset(frame.name for frame in msg["cond_indep_stack"]))
+
+
+class _Mirrored(Messenger):
+    """Draws every latent site as loc + scale * sign * e. Along a plate the noise e is stratified.
+
+    Values of one datum must stay independent of each other. So no other axis is stratified.
+    """
+
+    def __init__(self, sign: Float[Array, ""], plate: str | None):
+        super().__init__()
+        self.sign, self.plate = sign, plate
 
     def process_message(self, msg: Any) -> None:
         if msg["type"] != "sample" or msg["value"] is not None or msg["is_observed"]:
@@ -83,5 +110,13 @@ class _Stratified(Messenger):
                 f"site {msg['name']!r}: expected a Normal with independent dimensions for "
                 f"antithetic particles, got {type(fn).__name__}; leave vectorize_particles out"
             )
-        noise = stratified_normal(msg["kwargs"]["rng_key"], msg["fn"].shape())
-        msg["value"] = fn.loc + fn.scale * self.sign * noise
+        msg["value"] = fn.loc + fn.scale * self.sign * self._noise(msg)
+
+    def _noise(self, msg: Any) -> Float[Array, "..."]:
+        key, shape = msg["kwargs"]["rng_key"], tuple(msg["fn"].shape())
+        for frame in msg["cond_indep_stack"]:
+            if frame.name == self.plate:
+                axis = len(msg["fn"].batch_shape) + frame.dim
+                rows = (shape[axis], *shape[:axis], *shape[axis + 1 :])
+                return jnp.moveaxis(stratified_normal(key, rows), 0, axis)
+        return random.normal(key, shape)

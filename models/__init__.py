@@ -1,1 +1,1 @@
-"""What is believed: generative models, their guides, and what is known of them exactly."""
+"""Generative models, their guides, and their closed forms."""

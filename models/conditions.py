@@ -1,7 +1,10 @@
 """What a conditional model is given: labels or any array, as features for its networks.
 
-A condition is a frozen dataclass. ``features(rngs)`` makes the Flax module that turns conditions
-c into (N, ``num_features``) numbers, and ``check(c)`` refuses conditions that it is not made for.
+A condition is a frozen dataclass. ``features(rngs)`` makes the Flax module that turns conditions c
+into (N, ``num_features``) numbers. ``check(c)`` refuses conditions of another kind.
+
+    condition = Labels(10)              # c is one label per datum, 0 to 9
+    condition = Values((28, 14))        # c is half an image per datum
 """
 
 import math
@@ -14,34 +17,55 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jaxtyping import Array, Float, Integer, Num
+from jaxtyping import Array, Float
 
 
 @runtime_checkable
 class Condition(Protocol):
-    """What ``models.cvae`` asks of a condition."""
+    """What a model asks of a condition."""
 
     @property
     def num_features(self) -> int:
-        """The features of one datum's condition."""
+        """The number of features of one datum's condition."""
         ...
 
     def features(self, *, rngs: nnx.Rngs) -> Callable[[Array], Array]:
-        """A module from conditions to (N, num_features)."""
+        """A module from conditions (N, ...) to (N, num_features). It looks at no value of c."""
         ...
 
     def check(self, c: Any) -> None:
-        """Raises ValueError where ``c`` holds what the condition was not declared for."""
+        """Raises ValueError for conditions of another type, shape or range."""
         ...
+
+
+def check_given(condition: Condition | None, c: Any) -> None:
+    """Refuses a missing or a superfluous condition.
+
+    Args:
+        condition: the kind of condition that a model has, or None.
+        c: conditions, or None. Their values are not looked at.
+
+    Raises:
+        ValueError: the model has a condition and ``c`` is None, or the other way round.
+    """
+    if condition is not None and c is None:
+        raise ValueError(f"c: expected conditions, got none; the model's condition is {condition}")
+    if condition is None and c is not None:
+        raise ValueError(
+            "c: expected none, got some; leave c out of the data, or give the model a condition"
+        )
 
 
 @dataclass(frozen=True)
 class Labels:
-    """A label out of ``num_classes``: one-hot, or embedded.
+    """A label out of ``num_classes``: one-hot or embedded. c is (N,), integers.
 
     Attributes:
-        num_classes: labels are 0 .. num_classes - 1.
-        num_embedded: the length of the learned vector that stands for a label; None for one-hot.
+        num_classes: the number of classes. Labels are 0 .. num_classes - 1.
+        num_embedded: the length of the learned vector for a label. None for one-hot labels.
+
+    Raises:
+        ValueError: a number is not positive.
     """
 
     num_classes: int
@@ -59,15 +83,19 @@ class Labels:
         return self.num_embedded or self.num_classes
 
     def features(self, *, rngs: nnx.Rngs) -> Callable[[Array], Array]:
-        """From labels (N,) to (N, num_features)."""
+        """A module from labels (N,) to (N, num_features)."""
         return _LabelFeatures(self, rngs=rngs)
 
     def check(self, c: Any) -> None:
-        """Raises ValueError for labels that are no integers or outside the classes."""
-        if not jnp.issubdtype(c.dtype, jnp.integer) or c.ndim != 1:
-            raise ValueError(
-                f"c: expected one integer label per datum, got {c.dtype} of shape {c.shape}"
-            )
+        """Refuses labels that are not integers or lie outside the classes.
+
+        Args:
+            c: labels, a NumPy or JAX array. Values of traced arrays are not looked at.
+
+        Raises:
+            ValueError: another type or shape, or a label outside 0 .. num_classes - 1.
+        """
+        _check_labels(c)
         if isinstance(c, Tracer):
             return
         c = np.asarray(c)
@@ -81,6 +109,13 @@ class Labels:
             )
 
 
+def _check_labels(c: Any) -> None:
+    if not jnp.issubdtype(c.dtype, jnp.integer) or c.ndim != 1:
+        raise ValueError(
+            f"c: expected one integer label per datum, got {c.dtype} of shape {c.shape}"
+        )
+
+
 class _LabelFeatures(nnx.Module):
     def __init__(self, labels: Labels, *, rngs: nnx.Rngs):
         self.num_classes = labels.num_classes
@@ -88,10 +123,11 @@ class _LabelFeatures(nnx.Module):
         embed = nnx.Linear(num_in, num_out, use_bias=False, rngs=rngs)
         self.embed = embed if labels.num_embedded else None
 
-    def __call__(self, c: Integer[Array, " N"]) -> Float[Array, "N n"]:
-        """NaN where a label is outside the classes, which no loss survives unnoticed."""
+    def __call__(self, c: Array) -> Float[Array, "N n"]:
+        """One-hot or embedded labels. A label outside the classes gives NaN: the loss shows it."""
+        _check_labels(c)
         c = c.astype(jnp.int32)  # a type that holds the number of classes
-        one_hot = jax.nn.one_hot(c, self.num_classes)
+        one_hot = jax.nn.one_hot(c, self.num_classes, dtype=jnp.float32)
         one_hot = jnp.where(((c >= 0) & (c < self.num_classes))[:, None], one_hot, jnp.nan)
         return one_hot if self.embed is None else self.embed(one_hot)
 
@@ -101,7 +137,10 @@ class Values:
     """Any array of numbers per datum, flattened: ``Values((28, 14))`` for half an image.
 
     Attributes:
-        shape: of one datum's condition.
+        shape: the shape of one datum's condition. c is (N, *shape).
+
+    Raises:
+        ValueError: a length is not positive.
     """
 
     shape: tuple[int, ...]
@@ -112,12 +151,12 @@ class Values:
 
     @property
     def num_features(self) -> int:
-        """The numbers in one datum's condition."""
+        """How many numbers one datum's condition has."""
         return math.prod(self.shape)
 
     def features(self, *, rngs: nnx.Rngs) -> Callable[[Array], Array]:
-        """From conditions (N, *shape) to (N, num_features)."""
-        return _ValueFeatures()
+        """A module from conditions (N, *shape) to (N, num_features)."""
+        return _ValueFeatures(self)
 
     def check(self, c: Any) -> None:
         """Raises ValueError for conditions of another shape."""
@@ -127,5 +166,10 @@ class Values:
 
 
 class _ValueFeatures(nnx.Module):
-    def __call__(self, c: Num[Array, "N ..."]) -> Float[Array, "N n"]:
+    def __init__(self, values: Values):
+        self.values = values
+
+    def __call__(self, c: Array) -> Float[Array, "N n"]:
+        """The numbers of each datum, in one row."""
+        self.values.check(c)
         return c.reshape(len(c), -1).astype(jnp.float32)

@@ -1,12 +1,12 @@
 """The Gaussian unknown-mean model: a conditional variational autoencoder with a known answer.
 
-A condition c shifts an unknown mean z, and we see z through noise. The generative process, with
-the prior's standard deviation sigma_0 known, and parameters theta = (theta_1, theta_2, theta_3):
+A condition c shifts an unknown mean z. We see z through noise. The prior's standard deviation
+sigma_0 is known. The generative process has the parameters theta = (theta_1, theta_2, theta_3):
 
     z | c     ~  Normal(theta_1 + theta_2 * c,  sigma_0^2)          the prior     p(z | c)
     x | z, c  ~  Normal(z,  exp(theta_3))                           the likelihood p(x | z, c)
 
-The guide looks at the observation and says where z must have been, with parameters phi:
+The guide looks at the observation and says where z must have been. Its parameters are phi:
 
     z | x, c  ~  Normal(phi_1 * x + phi_2 * c + phi_3,  exp(phi_4))                q(z | x, c)
 
@@ -16,12 +16,12 @@ Second arguments are variances. Training maximises the evidence lower bound (ELB
                    =  log p(x | c) - KL(q(z | x, c) || p(z | x, c)),
 
 over theta and phi together: theta makes the data likely, phi makes the bound tight. This is a
-conditional VAE (Sohn, Lee & Yan 2015, who write x -> y for our c -> x) whose two networks are
-affine maps. Here everything is Gaussian, so the best theta and phi are formulas, at the end of
-this file, and what training finds can be held against them.
+conditional VAE with two affine maps as networks (Sohn, Lee & Yan 2015; they write x -> y for our
+c -> x). Everything is Gaussian, so the best theta and phi are formulas. They stand at the end of
+this file, and training can be compared with them.
 
 The source is Tuan Anh Le's note "Conditional Variational Autoencoders" (27 June 2018). We
-deviate from it in nothing but where the search starts.
+deviate from it in one point: where the search starts.
 
 | on paper      | in code                     | what it is                                       |
 |---------------|-----------------------------|--------------------------------------------------|
@@ -35,17 +35,20 @@ deviate from it in nothing but where the search starts.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from flax import nnx
 from jax import random
 from jaxtyping import Array, ArrayLike, Float
 
-from models.conditions import Values
+from models.conditions import Values, check_given
+from models.networks import Encoder
 
 # --- configuration --------------------------------------------------------------------------------
 
@@ -84,7 +87,11 @@ class Truth:
         return self.sigma_0**2 / self.marginal_variance
 
     def simulate(self, num_data: int, seed: int) -> dict[str, Float[np.ndarray, " N"]]:
-        """Draws ``num_data`` pairs of a condition ``c`` and an observation ``x``."""
+        """Draws pairs of a condition ``c`` and an observation ``x``, arrays of ``num_data`` floats.
+
+        Raises:
+            ValueError: ``num_data`` is not positive, or float32 cannot hold x.
+        """
         if num_data < 1:
             raise ValueError(f"num_data: expected at least 1, got {num_data}")
         rng = np.random.default_rng(seed)
@@ -103,28 +110,54 @@ def _require_deviation(name: str, value: float) -> None:
 
 # --- model and guide ------------------------------------------------------------------------------
 #
-# Where the search starts: the guide believes the observation (z = x, give or take sigma_0), the
-# prior sits somewhere near ``x_loc``, a rough location of the data, and does not depend on c. The
-# key in ``numpyro.param`` is the program's own, so every seed starts elsewhere.
+# Where the search starts: the guide believes the observation (z = x, give or take sigma_0). The
+# prior sits near ``x_loc``, a rough location of the data, and does not depend on c. The key in
+# ``numpyro.param`` is the program's own, so every seed starts elsewhere.
 
 
 @dataclass(frozen=True)
 class Model:
-    """p(x, z | c). Call it with ``x=None`` to generate.
+    """The program p(x, z | c). Without ``x`` it generates.
 
     Attributes:
-        sigma_0: known standard deviation of the prior, positive.
+        sigma_0: the known standard deviation of the prior, positive.
         x_loc: where the search for the prior's mean starts.
+
+    Raises:
+        ValueError: the deviation is not positive.
     """
 
     sigma_0: float = 1.0
     x_loc: float = 0.0
 
-    # what the families of models/guides.py ask of a model: c, x and z are numbers
-    x_shape, z_shape, num_latents, condition = (), (), 1, Values(())
-
     def __post_init__(self):
         _require_deviation("sigma_0", self.sigma_0)
+
+    def check_data(self, c: Any = None, x: Any = None) -> None:
+        """Refuses arrays that are not one number per datum.
+
+        Raises:
+            ValueError: ``c`` is missing, or an array is not (N,).
+        """
+        check_given(Values(()), c)
+        for name, array in {"c": c, "x": x}.items():
+            if array is not None and array.ndim != 1:
+                raise ValueError(
+                    f"{name}: expected one number per datum, shape (N,), got {array.shape}; give "
+                    f"one column, for example {name}[:, 0]"
+                )
+
+    def encoder(
+        self, num_outputs: int, *, hidden: Sequence[int] | None = None, rngs: nnx.Rngs
+    ) -> Encoder:
+        """A network from (x, c) to a guide's numbers: an affine map, unless ``hidden`` is given.
+
+        Args:
+            num_outputs: how many numbers it gives for one datum.
+            hidden: units of the hidden layers. Default: none.
+            rngs: Flax's random numbers.
+        """
+        return Encoder((), hidden or (), num_outputs, condition=Values(()), rngs=rngs)
 
     def __call__(
         self, c: Float[Array | np.ndarray, " N"], x: Float[Array | np.ndarray, " N"] | None = None
@@ -143,10 +176,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Guide:
-    """q(z | x, c), the amortised posterior: one affine map serves every datum.
+    """The program q(z | x, c). One affine map serves every datum.
 
     Attributes:
-        sigma_0: the scale on which z varies, positive.
+        sigma_0: the scale of z, positive. The search starts there.
+
+    Raises:
+        ValueError: the scale is not positive.
     """
 
     sigma_0: float = 1.0
@@ -178,10 +214,15 @@ def posterior(
     c: Float[Array | np.ndarray, " N"],
     x: Float[Array | np.ndarray, " N"],
 ) -> tuple[Float[Array, " N"], Float[Array, ""]]:
-    """The exact p(z | x, c) of a model with parameters theta: its mean and standard deviation.
+    """The exact p(z | x, c) of a model: its means, (N,), and their one standard deviation.
 
-    Precisions add, 1 / v = 1 / sigma_0^2 + 1 / exp(theta_3), and the mean is the
-    precision-weighted average of the observation and the prior's mean.
+    Precisions add: 1 / v = 1 / sigma_0^2 + 1 / exp(theta_3). The mean is the average of the
+    observation and the prior's mean, weighted by precision.
+
+    Args:
+        params: ``theta_1``, ``theta_2`` and ``theta_3`` of one seed.
+        sigma_0: the standard deviation of the prior.
+        c, x: the data.
     """
     variance = jnp.exp(params["theta_3"])
     prior_mean = params["theta_1"] + params["theta_2"] * c
@@ -195,18 +236,21 @@ def log_likelihood(
     c: Float[Array | np.ndarray, " N"],
     x: Float[Array | np.ndarray, " N"],
 ) -> Float[Array, " N"]:
-    """The exact log p(x | c) of a model with parameters theta, in nats, for each datum.
+    """The exact log p(x | c) of a model, in nats, for each datum.
 
-    x = (theta_1 + theta_2 c) + (z's deviation) + (noise): a Gaussian whose variances add.
+    x is theta_1 + theta_2 c, plus z's deviation, plus noise: a Gaussian, and the variances add.
+
+    Args:
+        params, sigma_0, c, x: as in ``posterior``.
     """
     scale = jnp.sqrt(sigma_0**2 + jnp.exp(params["theta_3"]))
     return dist.Normal(params["theta_1"] + params["theta_2"] * c, scale).log_prob(x)
 
 
 def _with_phi(theta_1: float, theta_2: float, theta_3: float, sigma_0: float) -> dict[str, float]:
-    """theta together with the phi that makes the guide that model's exact posterior.
+    """Adds the phi of the exact posterior to theta.
 
-    The coefficients of x, c and 1 in ``posterior``'s mean, and the log of its variance.
+    phi holds the coefficients of x, c and 1 in ``posterior``'s mean, and the log of its variance.
     """
     gain = sigma_0**2 / (sigma_0**2 + math.exp(theta_3))
     return {
@@ -221,15 +265,15 @@ def _with_phi(theta_1: float, theta_2: float, theta_3: float, sigma_0: float) ->
 
 
 def optimum(truth: Truth) -> dict[str, float]:
-    """theta*, phi*: the ELBO's unique maximum over infinitely many data.
+    """The ELBO's unique maximum over infinitely many data: theta* and phi*.
 
-    theta* is the truth (Gibbs' inequality), phi* the exact posterior, so that the bound is tight.
+    theta* is the truth (Gibbs' inequality). phi* is the exact posterior, so the bound is tight.
     """
     return _with_phi(truth.mu_0, 1.0, 2 * math.log(truth.sigma), truth.sigma_0)
 
 
 def optimal_elbo(truth: Truth) -> float:
-    """The ELBO at the optimum, nats per datum: minus the entropy of x given c, whatever p(c)."""
+    """The ELBO at the optimum in nats per datum: minus the entropy of x given c, for any p(c)."""
     return -0.5 * math.log(2 * math.pi * math.e * truth.marginal_variance)
 
 
@@ -242,13 +286,13 @@ def maximum_likelihood(
 ) -> tuple[dict[str, float], float]:
     """The parameters that maximise the ELBO of these data, and that ELBO in nats per datum.
 
-    log p(x | c) is a linear regression with variance sigma_0^2 + exp(theta_3): theta_1, theta_2
-    are ordinary least squares, exp(theta_3) is the mean squared residual less sigma_0^2.
+    log p(x | c) is a linear regression with variance sigma_0^2 + exp(theta_3). So theta_1 and
+    theta_2 are ordinary least squares. exp(theta_3) is the mean squared residual less sigma_0^2.
 
     Raises:
-        NoMaximumError: c does not vary, so that theta_1 and theta_2 trade off, or the residual
-            variance does not exceed sigma_0^2, so that the likelihood grows as theta_3 falls to
-            minus infinity.
+        NoMaximumError: c does not vary, or the residual variance does not exceed sigma_0^2. In the
+            first case only one sum of theta_1 and theta_2 is known. In the second the likelihood
+            grows as theta_3 falls to minus infinity.
     """
     c, x = np.asarray(data["c"], np.float64), np.asarray(data["x"], np.float64)
     if np.ptp(c) == 0:
@@ -273,11 +317,15 @@ def maximum_likelihood(
 def standard_errors(
     truth: Truth, num_data: int, c_mean: float = 0.0, c_variance: float = 1.0
 ) -> dict[str, float]:
-    """How far the maximum-likelihood solution of ``num_data`` data lies from the optimum.
+    """The standard error of each parameter of the maximum-likelihood solution, by name.
 
-    Least squares gives theta_1 and theta_2 their textbook errors; the residual variance has the
-    relative error sqrt(2 / N); the rest is the delta method through ``_with_phi``, with the
-    regression and the residual variance independent.
+    theta_1 and theta_2 have the textbook errors of least squares. The residual variance has the
+    relative error sqrt(2 / N), independent of them. The delta method gives the rest.
+
+    Args:
+        truth: the process that made the data.
+        num_data: N.
+        c_mean, c_variance: mean and variance of c.
     """
     k, s2 = truth.gain, truth.marginal_variance
     relative = math.sqrt(2 / num_data)

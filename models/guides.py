@@ -3,33 +3,37 @@
     guide = mean_field(model)
     guide = flow(model)
 
-| family             | q(z | x, c)                                                             |
-|--------------------|-------------------------------------------------------------------------|
-| ``mean_field``     | prod_i Normal(z_i; loc_i(x, c), scale_i(x, c)^2)                        |
-| ``low_rank``       | Normal(z; loc(x, c), F(x, c) F(x, c)^T + diag(scale(x, c)^2))           |
-| ``full_covariance``| Normal(z; loc(x, c), L(x, c) L(x, c)^T), L lower triangular             |
-| ``flow``           | the full covariance, carried through maps conditioned on (x, c)         |
-| ``prior``          | p(z | c): nothing is learnt from x                                      |
-| ``per_datum``      | prod_i Normal(z_i; loc_ni, scale_ni^2), numbers of datum n, no encoder  |
-| ``semi_amortised`` | the mean field, after a few gradient steps of each datum's own ELBO     |
+| family             | q(z | x, c)                                                               |
+|--------------------|---------------------------------------------------------------------------|
+| ``mean_field``     | prod_i Normal(z_i; loc_i(x, c), scale_i(x, c)^2)                          |
+| ``low_rank``       | Normal(z; loc(x, c), F(x, c) F(x, c)^T + diag(scale(x, c)^2))             |
+| ``full_covariance``| Normal(z; loc(x, c), L(x, c) L(x, c)^T), L lower triangular               |
+| ``flow``           | the full covariance, carried through maps that depend on (x, c)           |
+| ``prior``          | p(z | c): the data change nothing                                         |
+| ``per_datum``      | prod_i Normal(z_i; loc_ni, scale_ni^2), numbers for each datum n          |
+| ``semi_amortised`` | the mean field, after a few gradient steps on each datum's own ELBO       |
 
-Each of the first four holds the one before, so that at their optima the ELBO rises from line to
-line. A guide is a NumPyro program with the model's arguments, ``guide(x=x)`` or
-``guide(c=c, x=x)``, and knows of the model what its attributes say:
+The first four families are ordered: each contains the one above it. So the best ELBO cannot fall
+from one line to the next.
 
-| attribute                    | what it is                                                    |
-|------------------------------|---------------------------------------------------------------|
-| ``x_shape``, ``num_latents`` | of one datum's x, and the dimensions of z                     |
-| ``z_shape``                  | of z, where it is not ``(num_latents,)``                      |
-| ``condition``                | an object of ``models.conditions``, where there is one        |
-| ``hidden``, ``channels``, ``activation``, ``dtype``, ``likelihood``                          |
-|                              | where given, for the encoder: as in ``models.vae``            |
+A guide is a NumPyro program with the model's arguments, called by keyword: ``guide(x=x)`` or
+``guide(c=c, x=x)``. A family finds the shape of z by an abstract run of the model.
 
-A family is a function of the model in ``GUIDES``; ``make`` takes one by its name.
+One encoder gives the numbers of every datum's posterior. Its parameters are the site ``encoder``.
+By default it is the model's own: a model offers it as ``encoder(num_outputs, rngs=rngs)``. Any
+other callable of this form may take its place. It returns a Flax module from the data, by keyword,
+to (N, num_outputs):
+
+    guide = mean_field(model, encoder=functools.partial(model.encoder, hidden=(100,)))
+
+The families serve models with one real latent site ``z`` for each datum, of any event shape.
+
+A family is a function of the model in ``GUIDES``. ``make`` takes one by its name.
 """
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,73 +50,84 @@ from numpyro.distributions import constraints, transforms
 from numpyro.infer.util import log_density
 from scipy.linalg import hadamard
 
-from models.networks import MLP, SCALE_FLOOR, Encoder, check_images, network, positive
+from inference.sites import HasEncoder, LatentSite, latent_sites
+from models.networks import MLP, SCALE_FLOOR, network, positive
+
+MakeEncoder = Callable[..., nnx.Module]  # (num_outputs, *, rngs) -> a module from the data
+Data = Mapping[str, Any]  # the model's arguments by name: arrays of shape (N, ...)
 
 # --- what the families share ----------------------------------------------------------------------
 
 
+def _is_real(site: LatentSite) -> bool:
+    support = site.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.real
+
+
+def _shape_of_z(model: Callable[..., Any], data: Data) -> tuple[int, ...]:
+    """The event shape of the model's one latent site, found by an abstract run.
+
+    Raises:
+        ValueError: the model has other latent sites than one real ``z`` for each datum.
+    """
+    sites = latent_sites(model, data)
+    z = sites.get("z")
+    if len(sites) != 1 or z is None or not z.is_local or not _is_real(z):
+        got = ", ".join(
+            f"{name} ({site.support}, {'one per datum' if site.is_local else 'global'})"
+            for name, site in sites.items()
+        )
+        raise ValueError(
+            f"model: expected one latent site, a real z for each datum, got {got or 'none'}; write "
+            f"a guide for this model, since the families of models.guides do not serve it"
+        )
+    return z.shape
+
+
 @dataclass(frozen=True)
 class Guide:
-    """Samples z given x, and c where the model has a condition, from ``posterior(x, c)``.
+    """A program that samples z given the data from ``posterior``.
 
     Attributes:
-        model: anything with the attributes listed above.
+        model: a program with one real latent site ``z`` for each datum.
     """
 
-    model: Any
+    model: Callable[..., Any]
 
-    def check_data(self, c: Any = None, x: Any = None) -> None:
-        """Raises ValueError where conditions are not what the model declares."""
-        condition = getattr(self.model, "condition", None)
-        if condition is not None and c is not None:
-            condition.check(c)
+    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
+        """The distribution q(z | x, c), of batch shape (N,) and event shape (num_latents,).
 
-    def posterior(self, x: Array, c: Array | None) -> dist.Distribution:
-        """q(z | x, c), of batch shape (N,) and event shape (num_latents,)."""
+        Args:
+            data: the model's arguments by name.
+            num_latents: how many numbers z has for one datum.
+        """
         raise NotImplementedError
 
-    def __call__(self, x: Any, c: Any = None) -> None:
-        """Samples z given x, and c where the model has a condition."""
-        check_images(x, self.model.x_shape)
-        z_given_x = self.posterior(x, c)
-        shape = getattr(self.model, "z_shape", z_given_x.event_shape)
-        if shape != z_given_x.event_shape:
-            z_given_x = _reshaped(z_given_x, shape)
-        with numpyro.plate("data", len(x)):
-            numpyro.sample("z", z_given_x)
+    def __call__(self, **data: Any) -> None:
+        """Samples z given the data.
+
+        Args:
+            data: the model's arguments by name.
+
+        Raises:
+            ValueError: the model has other latent sites than one real ``z`` for each datum.
+        """
+        shape = _shape_of_z(self.model, data)
+        q = self.posterior(data, math.prod(shape))
+        if q.event_shape != shape:
+            q = _reshaped(q, shape)
+        with numpyro.plate("data", _length(data)):
+            numpyro.sample("z", q)
 
 
-@dataclass(frozen=True)
-class Amortised(Guide):
-    """One encoder, the site ``encoder``, gives the numbers of every datum's posterior.
-
-    Attributes:
-        hidden: units of the encoder's hidden layers, from x to z.
-    """
-
-    hidden: tuple[int, ...]
-
-    def __post_init__(self):
-        if any(size < 1 for size in self.hidden):
-            raise ValueError(f"hidden: expected positive sizes, got {self.hidden}")
-
-    def encode(self, x: Array, c: Array | None, *sizes: int) -> list[Array]:
-        """The encoder's outputs, (N, size) each."""
-
-        def build(rngs: nnx.Rngs) -> Encoder:
-            return Encoder(self.model, self.hidden, sum(sizes), rngs=rngs)
-
-        outputs = network("encoder", build)(x, c)
-        return jnp.split(outputs, np.cumsum(sizes[:-1]), axis=-1)
-
-
-def _hidden(model: Any, hidden: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The encoder's sizes: the decoder's in reverse unless given."""
-    return tuple(getattr(model, "hidden", ())[::-1]) if hidden is None else hidden
+def _length(data: Data) -> int:
+    return len(next(iter(data.values())))
 
 
 def _reshaped(fn: dist.Distribution, shape: tuple[int, ...]) -> dist.Distribution:
-    """The same density over arrays of another shape."""
+    """The same density over arrays of another event shape."""
     if isinstance(fn, dist.Independent) and isinstance(fn.base_dist, dist.Normal):
         loc, scale = (a.reshape(*fn.batch_shape, *shape) for a in (fn.mean, fn.base_dist.scale))
         return dist.Normal(loc, scale).to_event(len(shape))
@@ -120,37 +135,85 @@ def _reshaped(fn: dist.Distribution, shape: tuple[int, ...]) -> dist.Distributio
     return dist.TransformedDistribution(fn, reshape)
 
 
+@dataclass(frozen=True)
+class Amortised(Guide):
+    """A guide with one encoder, the site ``encoder``, for the numbers of every datum's posterior.
+
+    Attributes:
+        encoder: a callable ``(num_outputs, *, rngs)``. It returns a Flax module from the data, by
+            keyword, to (N, num_outputs). None for the model's own.
+
+    Raises:
+        TypeError: no encoder is given, and the model has none.
+    """
+
+    encoder: MakeEncoder | None = None
+
+    def __post_init__(self):
+        if self.encoder is None and not isinstance(self.model, HasEncoder):
+            name = getattr(self.model, "__qualname__", type(self.model).__name__)
+            raise TypeError(
+                f"model: expected one with a method encoder(num_outputs, rngs=...), got {name} "
+                f"without it; add the method, or pass encoder=..., a callable of that form, to the "
+                f"guide"
+            )
+
+    def encode(self, data: Data, *sizes: int) -> list[Array]:
+        """The encoder's outputs, one array (N, size) for each of ``sizes``.
+
+        Raises:
+            ValueError: the encoder's output has another shape.
+        """
+        model: Any = self.model
+        make = model.encoder if self.encoder is None else self.encoder
+        outputs = network("encoder", lambda rngs: make(sum(sizes), rngs=rngs))(**data)
+        expected = (_length(data), sum(sizes))
+        if outputs.shape != expected:
+            raise ValueError(
+                f"encoder: expected outputs of shape {expected}, got {outputs.shape}; return "
+                f"num_outputs numbers for each datum"
+            )
+        return jnp.split(outputs, np.cumsum(sizes[:-1]), axis=-1)
+
+
 # --- Gaussian families ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MeanField(Amortised):
-    """q(z | x, c) = prod_i Normal(z_i; loc_i(x, c), scale_i(x, c)^2)."""
+    """The family q(z | x, c) = prod_i Normal(z_i; loc_i(x, c), scale_i(x, c)^2)."""
 
-    def posterior(self, x: Array, c: Array | None) -> dist.Distribution:
+    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
         """Independent Normals."""
-        z_loc, raw = self.encode(x, c, *[self.model.num_latents] * 2)
+        z_loc, raw = self.encode(data, num_latents, num_latents)
         return dist.Normal(z_loc, positive(raw)).to_event(1)
 
 
-def mean_field(model: Any, hidden: tuple[int, ...] | None = None) -> MeanField:
-    """q(z | x, c) = prod_i Normal(z_i; loc_i(x, c), scale_i(x, c)^2).
+def mean_field(model: Callable[..., Any], encoder: MakeEncoder | None = None) -> MeanField:
+    """Independent Normals: q(z | x, c) = prod_i Normal(z_i; loc_i(x, c), scale_i(x, c)^2).
 
     Kingma & Welling 2014, equation 9.
 
     Args:
-        model: anything with the attributes listed above.
-        hidden: units of the encoder's hidden layers, from x to z; the decoder's in reverse
-            unless given.
+        model: a program with one real latent site ``z`` for each datum.
+        encoder: a callable ``(num_outputs, *, rngs)``. It returns a Flax module from the data, by
+            keyword, to (N, num_outputs). Default: the model's own.
+
+    Raises:
+        TypeError: no encoder is given, and the model has none.
     """
-    return MeanField(model, _hidden(model, hidden))
+    return MeanField(model, encoder)
 
 
 class CholeskyNormal(dist.TransformedDistribution):
-    """Normal(loc, L L^T) as loc + L e.
+    """The distribution Normal(loc, L L^T) as loc + L e with e ~ Normal(0, I).
 
-    Unlike NumPyro's ``MultivariateNormal`` it remembers the e that it drew. To solve for e, where
-    L comes from a network in float32, can lose every digit, and report any ELBO.
+    It remembers the e of a draw, and NumPyro's ``MultivariateNormal`` does not. L comes from a
+    network in float32. To solve for e can lose every digit, and then the ELBO is any number.
+
+    Args:
+        loc: (..., K).
+        scale_tril: L, (..., K, K), lower triangular.
     """
 
     def __init__(self, loc: Array, scale_tril: Array):
@@ -159,93 +222,120 @@ class CholeskyNormal(dist.TransformedDistribution):
 
     @property
     def mean(self) -> Array:
-        """The location."""
+        """The location, (..., K)."""
         return self.transforms[0].loc
 
     @property
     def covariance_matrix(self) -> Array:
-        """L L^T."""
+        """L L^T, (..., K, K)."""
         scale_tril = self.transforms[0].scale_tril
         return scale_tril @ jnp.swapaxes(scale_tril, -1, -2)
 
 
 @dataclass(frozen=True)
 class FullCovariance(Amortised):
-    """q(z | x, c) = Normal(z; loc, L L^T) with loc and L functions of (x, c)."""
+    """The family q(z | x, c) = Normal(z; loc, L L^T). loc and L are functions of (x, c)."""
 
-    def posterior(self, x: Array, c: Array | None) -> dist.Distribution:
+    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
         """A multivariate Normal by its Cholesky factor."""
-        return self.gaussian(*self.encode(x, c, *self.sizes))
+        return self.gaussian(*self.encode(data, *self.sizes(num_latents)))
 
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Of ``loc``, of L's diagonal and of what is below it."""
-        size = self.model.num_latents
-        return size, size, size * (size - 1) // 2
+    def sizes(self, num_latents: int) -> tuple[int, int, int]:
+        """How many numbers ``gaussian`` takes: for loc, for L's diagonal and for the rest of L."""
+        return num_latents, num_latents, num_latents * (num_latents - 1) // 2
 
     def gaussian(self, z_loc: Array, raw: Array, below: Array) -> dist.Distribution:
-        """L is diag(scale) (I + B), B strictly lower triangular."""
-        size = self.model.num_latents
+        """Normal(z_loc, L L^T) with L = diag(scale) (I + B), B strictly lower triangular.
+
+        Args:
+            z_loc: (N, num_latents).
+            raw: the scales before ``positive``, (N, num_latents).
+            below: the entries of B, row by row.
+        """
+        size = z_loc.shape[-1]
         rows, columns = jnp.tril_indices(size, -1)
-        unit = jnp.broadcast_to(jnp.eye(size), (*z_loc.shape, size))
+        unit = jnp.broadcast_to(jnp.eye(size, dtype=z_loc.dtype), (*z_loc.shape, size))
         unit = unit.at[..., rows, columns].set(below / size**0.5)
         return CholeskyNormal(z_loc, positive(raw)[..., None] * unit)
 
 
-def full_covariance(model: Any, hidden: tuple[int, ...] | None = None) -> FullCovariance:
-    """q(z | x, c) = Normal(z; loc(x, c), L(x, c) L(x, c)^T) (Kingma & Welling 2019, section 2.5.1).
+def full_covariance(
+    model: Callable[..., Any], encoder: MakeEncoder | None = None
+) -> FullCovariance:
+    """One Normal of any covariance: q(z | x, c) = Normal(z; loc(x, c), L(x, c) L(x, c)^T).
+
+    Kingma & Welling 2019, section 2.5.1.
 
     Args:
-        model, hidden: as in ``mean_field``.
+        model, encoder: as in ``mean_field``.
+
+    Raises:
+        TypeError: no encoder is given, and the model has none.
     """
-    return FullCovariance(model, _hidden(model, hidden))
+    return FullCovariance(model, encoder)
+
+
+def _check_positive(guide: Any, *names: str) -> None:
+    for name in names:
+        if getattr(guide, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(guide, name)}")
 
 
 @dataclass(frozen=True)
 class LowRank(Amortised):
-    """q(z | x, c) = Normal(z; loc, F F^T + diag(scale^2)) with F of ``rank`` columns.
+    """The family q(z | x, c) = Normal(z; loc, F F^T + diag(scale^2)).
 
     Attributes:
-        rank: the columns of F.
+        rank: the columns of F. With fewer dimensions of z, F has one column for each.
     """
 
-    rank: int
+    rank: int = 2
 
     def __post_init__(self):
         super().__post_init__()
-        if not 1 <= self.rank <= self.model.num_latents:
-            raise ValueError(
-                f"rank: expected 1 to num_latents = {self.model.num_latents}, got {self.rank}"
-            )
+        _check_positive(self, "rank")
 
-    def posterior(self, x: Array, c: Array | None) -> dist.Distribution:
+    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
         """A multivariate Normal by its factor and its diagonal."""
-        size = self.model.num_latents
-        z_loc, raw, factor = self.encode(x, c, size, size, size * self.rank)
+        rank = min(self.rank, num_latents)
+        z_loc, raw, factor = self.encode(data, num_latents, num_latents, num_latents * rank)
         scale = positive(raw)
-        factor = scale[..., None] * factor.reshape(-1, size, self.rank) / size**0.5
+        factor = scale[..., None] * factor.reshape(-1, num_latents, rank) / num_latents**0.5
         return dist.LowRankMultivariateNormal(z_loc, factor, scale**2)
 
 
-def low_rank(model: Any, hidden: tuple[int, ...] | None = None, rank: int = 2) -> LowRank:
-    """q(z | x, c) = Normal(z; loc(x, c), F(x, c) F(x, c)^T + diag(scale(x, c)^2)).
+def low_rank(
+    model: Callable[..., Any], encoder: MakeEncoder | None = None, rank: int = 2
+) -> LowRank:
+    """A few common factors: q(z | x, c) = Normal(z; loc, F F^T + diag(scale^2)), all of (x, c).
 
-    Rezende, Mohamed & Wierstra 2014, section 4.3, have it with precision and covariance exchanged.
+    Rezende, Mohamed & Wierstra 2014, section 4.3, use this form for the precision. Here it is the
+    covariance.
 
     Args:
-        model, hidden: as in ``mean_field``.
-        rank: the columns of F; at most the dimensions of z count.
+        model, encoder: as in ``mean_field``.
+        rank: the columns of F. With fewer dimensions of z, F has one column for each.
+
+    Raises:
+        TypeError: no encoder is given, and the model has none.
+        ValueError: ``rank`` is not positive.
     """
-    return LowRank(model, _hidden(model, hidden), min(rank, model.num_latents))
+    return LowRank(model, encoder, rank)
 
 
 # --- flow -----------------------------------------------------------------------------------------
 
 
 class Couplings(nnx.Module):
-    """The networks of a coupling flow: each maps half of z, and the context, to the other half.
+    """The networks of a coupling flow. Each maps half of z, and the context, to the other half.
 
-    The last layers start at zero, so that the flow starts as the identity.
+    The last layers start at zero, so the flow starts as the identity.
+
+    Args:
+        num_latents: the dimensions of z.
+        num_context: numbers of context for one datum.
+        hidden: units of each network's one hidden layer.
+        num_layers: how many networks there are.
     """
 
     def __init__(self, num_latents: int, num_context: int, hidden: int, num_layers: int, *, rngs):
@@ -259,9 +349,15 @@ class Couplings(nnx.Module):
 
 
 class Coupling(transforms.Transform):
-    """y = x where ``kept``, and x exp(s) + t elsewhere, s and t of what is kept and the context.
+    """A map that keeps some dimensions of x and moves the others: y = x exp(s) + t.
 
-    Dinh, Sohl-Dickstein & Bengio 2017, equation 4. The scale exp(s) stays within e^-2 and e^2.
+    s and t are functions of the kept dimensions and the context. The scale exp(s) stays between
+    e^-2 and e^2. Dinh, Sohl-Dickstein & Bengio 2017, equation 4.
+
+    Args:
+        mlp: the network for s and t.
+        context: numbers for each datum, (N, num_context).
+        kept: for each dimension, whether it stays.
     """
 
     domain = constraints.real_vector
@@ -271,7 +367,7 @@ class Coupling(transforms.Transform):
         self.mlp, self.context, self.kept = mlp, context, kept
 
     def _maps(self, x: Array) -> tuple[Array, Array]:
-        """s and t, zero where x is kept."""
+        """s and t. They are zero in the kept dimensions."""
         kept = jnp.array(self.kept)
         context = jnp.broadcast_to(self.context, (*x.shape[:-1], self.context.shape[-1]))
         outputs = self.mlp(jnp.concatenate([jnp.where(kept, x, 0.0), context], axis=-1))
@@ -279,7 +375,7 @@ class Coupling(transforms.Transform):
         return jnp.where(kept, 0.0, 2 * jnp.tanh(s / 2)), jnp.where(kept, 0.0, t)
 
     def __call__(self, x: Array) -> Array:
-        """From x to y, (..., dimensions)."""
+        """y from x, (..., dimensions)."""
         s, t = self._maps(x)
         return x * jnp.exp(s) + t
 
@@ -288,72 +384,70 @@ class Coupling(transforms.Transform):
         return (y - t) * jnp.exp(-s)
 
     def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
-        """The sum of s."""
+        """The sum of s over dimensions."""
         return self._maps(x)[0].sum(-1)
 
     def tree_flatten(self) -> Any:
-        """The arrays, and what is no array."""
+        """The arrays, and the rest."""
         return (self.mlp, self.context), (("mlp", "context"), {"kept": self.kept})
 
 
 @dataclass(frozen=True)
 class Flow(FullCovariance):
-    """z = T(u; x, c) with u | x, c ~ Normal(loc, L L^T) and T a stack of ``Coupling``.
+    """The family z = T(u; x, c) with u | x, c ~ Normal(loc, L L^T) and T a stack of ``Coupling``.
 
     Attributes:
-        num_layers: maps in T; they keep the even and the odd dimensions in turn.
+        num_layers: maps in T. They keep the even and the odd dimensions in turn.
         num_hidden: units of each map's one hidden layer, and numbers of context from the encoder.
     """
 
-    num_layers: int
-    num_hidden: int
+    num_layers: int = 4
+    num_hidden: int = 32
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("num_layers", "num_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        _check_positive(self, "num_layers", "num_hidden")
 
-    def posterior(self, x: Array, c: Array | None) -> dist.Distribution:
+    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
         """The full covariance, transformed."""
-        *gaussian, context = self.encode(x, c, *self.sizes, self.num_hidden)
-        size = self.model.num_latents
+        *gaussian, context = self.encode(data, *self.sizes(num_latents), self.num_hidden)
 
         def build(rngs: nnx.Rngs) -> Couplings:
-            return Couplings(size, self.num_hidden, self.num_hidden, self.num_layers, rngs=rngs)
+            sizes = num_latents, self.num_hidden, self.num_hidden, self.num_layers
+            return Couplings(*sizes, rngs=rngs)
 
         layers = network("flow", build).layers
         maps = [
-            Coupling(mlp, context, tuple(dim % 2 == i % 2 for dim in range(size)))
+            Coupling(mlp, context, tuple(dim % 2 == i % 2 for dim in range(num_latents)))
             for i, mlp in enumerate(layers, start=1)
         ]
         return dist.TransformedDistribution(self.gaussian(*gaussian), maps)
 
 
 def flow(
-    model: Any,
-    hidden: tuple[int, ...] | None = None,
+    model: Callable[..., Any],
+    encoder: MakeEncoder | None = None,
     num_layers: int = 4,
     num_hidden: int = 32,
 ) -> Flow:
-    """q(z | x, c): a Gaussian of full covariance carried through couplings conditioned on (x, c).
+    """A normalising flow: a Gaussian of full covariance, carried through couplings.
 
-    Rezende & Mohamed 2015, equation 13, with the maps of Dinh, Sohl-Dickstein & Bengio 2017, which
-    both sample and evaluate any z in one pass.
+    Rezende & Mohamed 2015, equation 13, with the maps of Dinh, Sohl-Dickstein & Bengio 2017. One
+    pass samples, and one pass gives the density of any z. The maps depend on (x, c).
 
     Args:
-        model, hidden: as in ``mean_field``.
-        num_layers: couplings.
-        num_hidden: units of each coupling's hidden layer.
+        model, encoder: as in ``mean_field``.
+        num_layers: how many couplings there are.
+        num_hidden: units of each coupling's hidden layer, and numbers of context from the encoder.
+
+    Raises:
+        TypeError: no encoder is given, and the model has none.
+        ValueError: a number is not positive.
     """
-    return Flow(model, _hidden(model, hidden), num_layers, num_hidden)
+    return Flow(model, encoder, num_layers, num_hidden)
 
 
 # --- guides without an encoder --------------------------------------------------------------------
-
-
-def _arguments(x: Array, c: Array | None) -> dict[str, Array]:
-    return {"x": x} if c is None else {"c": c, "x": x}
 
 
 def _is_observed(site: Any) -> bool:
@@ -362,59 +456,64 @@ def _is_observed(site: Any) -> bool:
 
 @dataclass(frozen=True)
 class Prior(Guide):
-    """q(z | x, c) = p(z | c)."""
+    """The guide q(z | x, c) = p(z | c)."""
 
-    def __call__(self, x: Any, c: Any = None) -> None:
-        """Runs the model without what it observes; the parameters of p(z | c) are the model's."""
-        handlers.block(self.model, hide_fn=_is_observed)(**_arguments(x, c))
+    def __call__(self, **data: Any) -> None:
+        """Runs the model without its observations. The parameters of p(z | c) are the model's."""
+        handlers.block(self.model, hide_fn=_is_observed)(**data)
 
 
-def prior(model: Any) -> Prior:
-    """q(z | x, c) = p(z | c): nothing is learnt from x.
+def prior(model: Callable[..., Any]) -> Prior:
+    """The prior as a guide: q(z | x, c) = p(z | c). The data change nothing.
 
     The ELBO is then E_p(z | c) [ log p(x | z, c) ], the objective of the Gaussian stochastic
-    network of Sohn, Lee & Yan 2015, equation 7, and importance sampling plain Monte Carlo.
+    network (Sohn, Lee & Yan 2015, equation 7). Importance sampling is then plain Monte Carlo.
 
     Args:
-        model: any program whose observed sites ``numpyro.handlers.block`` can hide.
+        model: any program with latent sites of any kind, or with none.
     """
     return Prior(model)
 
 
 @dataclass(frozen=True)
 class PerDatum(Guide):
-    """q(z | x, c) = prod_i Normal(z_i; loc_ni, scale_ni^2), the sites ``z_loc`` and ``z_scale``.
+    """The family q(z | x, c) = prod_i Normal(z_i; loc_ni, scale_ni^2) for datum n.
+
+    The numbers are the sites ``z_loc`` and ``z_scale``, each (num_data, num_latents).
 
     Attributes:
-        num_data: N, all of which are in every batch, in the same order.
+        num_data: N. Every batch holds all data, in the same order.
     """
 
     num_data: int
 
-    def posterior(self, x: Array, c: Array | None) -> dist.Distribution:
-        """Independent Normals, those of each datum its own."""
-        if len(x) != self.num_data:
+    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
+        """Independent Normals, with parameters for each datum."""
+        if _length(data) != self.num_data:
             raise ValueError(
-                f"x: expected all {self.num_data} data that the guide has numbers for, got "
-                f"{len(x)}; train with batch_size={self.num_data}, and for other data fit another "
-                f"per-datum guide to the model as it is"
+                f"data: expected all {self.num_data} data that the guide has numbers for, got "
+                f"{_length(data)}; train with batch_size={self.num_data}, and for other data fit "
+                f"another per-datum guide to the held model"
             )
-        shape = (self.num_data, self.model.num_latents)
-        z_loc = numpyro.param("z_loc", lambda key: 0.1 * random.normal(key, shape))
+        shape = (self.num_data, num_latents)
+        z_loc = numpyro.param("z_loc", lambda key: 0.1 * random.normal(key, shape, jnp.float32))
         z_scale = numpyro.param(
-            "z_scale", jnp.full(shape, 0.5), constraint=constraints.softplus_positive
+            "z_scale",
+            jnp.full(shape, 0.5, jnp.float32),
+            constraint=constraints.softplus_positive,
         )
         return dist.Normal(z_loc, z_scale + SCALE_FLOOR).to_event(1)
 
 
-def per_datum(model: Any, num_data: int) -> PerDatum:
-    """q(z | x, c) = prod_i Normal(z_i; loc_ni, scale_ni^2): no encoder, for small data.
+def per_datum(model: Callable[..., Any], num_data: int) -> PerDatum:
+    """Numbers for each datum, for small data: q(z | x, c) = prod_i Normal(z_i; loc_ni, scale_ni^2).
 
-    What is lost to ``mean_field`` is amortisation (Cremer, Li & Duvenaud 2018, equation 5).
+    There is no encoder. Beside ``mean_field`` it shows the loss by amortisation (Cremer, Li &
+    Duvenaud 2018, equation 5).
 
     Args:
-        model: anything with the attributes listed above.
-        num_data: N; every batch holds all of them.
+        model: a program with one real latent site ``z`` for each datum.
+        num_data: N. Every batch holds all of them.
     """
     return PerDatum(model, num_data)
 
@@ -424,43 +523,46 @@ def per_datum(model: Any, num_data: int) -> PerDatum:
 
 @dataclass(frozen=True)
 class SemiAmortised(MeanField):
-    """``MeanField``, after ``num_steps`` gradient steps of each datum's own ELBO.
+    """The family ``MeanField``, after ``num_steps`` gradient steps on each datum's own ELBO.
 
     Attributes:
-        num_steps: steps.
-        step_size: of the natural gradient of the Gaussian's mean and log-deviation; none moves a
-            mean by more than one deviation.
-        num_pairs: mirrored points at which each expectation is taken.
+        num_steps: how many steps there are.
+        step_size: the size of a step along the natural gradient of the mean and the log-deviation.
+            No step moves a mean by more than one deviation.
+        num_pairs: mirrored pairs of points for each expectation.
+
+    Raises:
+        ValueError: a number is not positive, or the step size is above 1.
     """
 
-    num_steps: int
-    step_size: float
-    num_pairs: int
+    num_steps: int = 5
+    step_size: float = 0.5
+    num_pairs: int = 2
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("num_steps", "num_pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        _check_positive(self, "num_steps", "num_pairs")
         if not 0 < self.step_size <= 1:
             raise ValueError(f"step_size: expected above 0 and at most 1, got {self.step_size}")
 
-    def posterior(self, x: Array, c: Array | None) -> dist.Distribution:
-        """Independent Normals, refined; the gradient passes straight to the encoder."""
-        z_loc, raw = self.encode(x, c, *[self.model.num_latents] * 2)
+    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
+        """Independent Normals, refined. The gradient passes straight to the encoder."""
+        z_loc, raw = self.encode(data, num_latents, num_latents)
         start = z_loc, jnp.log(positive(raw))
-        end = self.refine(lax.stop_gradient(start), self.density(x, c))
+        end = self.refine(lax.stop_gradient(start), self.log_joint(data))
         z_loc, log_scale = (s + lax.stop_gradient(e - s) for s, e in zip(start, end, strict=True))
         return dist.Normal(z_loc, jnp.exp(log_scale)).to_event(1)
 
-    def density(self, x: Array, c: Array | None) -> Callable[[Array], Array]:
-        """From z to log p(x, z | c) summed over the data, at the model's parameters as they are."""
-        data = _arguments(x, c)
+    def log_joint(self, data: Data) -> Callable[[Array], Array]:
+        """The function from z, (N, num_latents), to log p(x, z | c) in nats, summed over the data.
+
+        The model keeps its current parameters. No gradient reaches them.
+        """
+        shape = _shape_of_z(self.model, data)
         only_params = handlers.block(self.model, hide_fn=lambda site: site["type"] != "param")
         sites = handlers.trace(only_params).get_trace(**data)
         params = {name: lax.stop_gradient(site["value"]) for name, site in sites.items()}
-        shape = getattr(self.model, "z_shape", (self.model.num_latents,))
-        data = lax.stop_gradient(data)
+        data = lax.stop_gradient(dict(data))
 
         def log_joint(z: Array) -> Array:
             latents = {"z": z.reshape(len(z), *shape)}
@@ -470,10 +572,10 @@ class SemiAmortised(MeanField):
         return log_joint
 
     def points(self, key: Array, num_data: int, size: int) -> Float[Array, "points N z"]:
-        """Where z stands in deviations from its mean: mirrored rows of a Hadamard matrix.
+        """Points for an expectation under Normal(0, I): mirrored rows of a Hadamard matrix.
 
-        All rows together have the mean 0 and the covariance I, which makes the expectation of a
-        quadratic exact; fewer, in random order and with random signs, do so on average.
+        All rows together have the mean 0 and the covariance I. So they give the expectation of a
+        quadratic exactly. A few rows, in random order and with random signs, give it on average.
         """
         order_key, sign_key = random.split(key)
         rows = hadamard(1 << (size - 1).bit_length())[:, :size].astype(np.float32)
@@ -485,7 +587,7 @@ class SemiAmortised(MeanField):
     def refine(
         self, start: tuple[Array, Array], log_joint: Callable[[Array], Array]
     ) -> tuple[Array, Array]:
-        """Location and log-deviation after the steps."""
+        """Location and log-deviation after the steps, each (N, num_latents)."""
         noise = self.points(numpyro.prng_key(), *start[0].shape)
 
         def elbo(loc: Array, log_scale: Array) -> Array:
@@ -503,22 +605,26 @@ class SemiAmortised(MeanField):
 
 
 def semi_amortised(
-    model: Any,
-    hidden: tuple[int, ...] | None = None,
+    model: Callable[..., Any],
+    encoder: MakeEncoder | None = None,
     num_steps: int = 5,
     step_size: float = 0.5,
     num_pairs: int = 2,
 ) -> SemiAmortised:
-    """q(z | x, c): the mean field of an encoder, refined by gradient steps of each datum's ELBO.
+    """The mean field of an encoder, refined by gradient steps on each datum's own ELBO.
 
-    Kim et al. 2018, section 3, who differentiate through the steps; here, as in Krishnan, Liang &
-    Hoffman 2018, they are taken as given, and the encoder gets the gradient at their end.
+    Kim et al. 2018, section 3, differentiate through the steps. We do as Krishnan, Liang & Hoffman
+    2018: the steps count as given, and the encoder gets the gradient at their end.
 
     Args:
-        model, hidden: as in ``mean_field``; the model is evaluated inside the guide.
+        model, encoder: as in ``mean_field``. The guide runs the model inside.
         num_steps, step_size, num_pairs: as in ``SemiAmortised``.
+
+    Raises:
+        TypeError: no encoder is given, and the model has none.
+        ValueError: a number is not positive, or the step size is above 1.
     """
-    return SemiAmortised(model, _hidden(model, hidden), num_steps, step_size, num_pairs)
+    return SemiAmortised(model, encoder, num_steps, step_size, num_pairs)
 
 
 # --- by name --------------------------------------------------------------------------------------
@@ -534,18 +640,22 @@ GUIDES: dict[str, Callable[..., Guide]] = {
 }
 
 
-def make(name: str, model: Any, **settings: Any) -> Guide:
-    """The guide of a family by its name; settings that the family has not are left out.
+def make(name: str, model: Callable[..., Any], **settings: Any) -> Guide:
+    """The guide of a family by its name. The family ignores settings of other families.
 
     Args:
         name: one of ``GUIDES``.
-        model: anything with the attributes listed above.
-        settings: such as ``hidden`` and ``num_data``.
+        model: a program with one real latent site ``z`` for each datum.
+        settings: settings of any family, for example ``encoder`` and ``num_data``.
 
     Raises:
-        ValueError: no such family.
+        ValueError: no such family, or no family has such a setting.
     """
     if name not in GUIDES:
         raise ValueError(f"guide: expected one of {', '.join(GUIDES)}, got {name!r}")
-    known = inspect.signature(GUIDES[name]).parameters
-    return GUIDES[name](model, **{key: settings[key] for key in settings if key in known})
+    known = {n: list(inspect.signature(family).parameters)[1:] for n, family in GUIDES.items()}
+    every = sorted({setting for some in known.values() for setting in some})
+    for setting in settings:
+        if setting not in every:
+            raise ValueError(f"guide: expected settings among {', '.join(every)}, got {setting!r}")
+    return GUIDES[name](model, **{key: settings[key] for key in settings if key in known[name]})

@@ -1,9 +1,9 @@
 """p(x | z) for images: frozen dataclasses, any of which a model takes.
 
-An image dataset holds grey levels, uint8 or floats in [0, 1]. What x is depends on how it is
-modelled, so a likelihood also says how x is made from grey levels (``prepare``, at every step of
-a training), in which interval it then lies (``low``, ``high``), and what a log-likelihood amounts
-to in bits per dimension.
+An image data set holds grey levels: uint8, or floats in [0, 1]. Each likelihood makes its own x
+from them by ``prepare(key, images)``, anew at every step of a training. ``check(x)`` refuses arrays
+that are no grey images. ``low`` and ``high`` are the ends of the interval of x. ``bits_per_dim``
+turns a log-likelihood into bits per dimension.
 
 | object                  | x                     | per pixel, from the decoder                  |
 |-------------------------|-----------------------|----------------------------------------------|
@@ -14,12 +14,12 @@ to in bits per dimension.
 | ``DiscretizedLogistic`` | 0, 1, ..., 255        | mean and scale                               |
 
 Sources: Kingma & Welling 2014, appendix C (Bernoulli; Gaussian, with means through a sigmoid as in
-section 5); Theis, van den Oord & Bethge 2016, section 3.1 (uniform noise makes of a density a
-bound on the probability of the grey levels); Salimans et al. 2017, equation 2 (the discretised
-logistic). Burda et al. 2016 draw the binarised pixels anew at every step.
+section 5); Theis, van den Oord & Bethge 2016, section 3.1 (with uniform noise, the density bounds
+the probability of the grey levels); Salimans et al. 2017, equation 2 (the discretised logistic).
+Burda et al. 2016 draw the binarised pixels anew at every step.
 
-A density has no upper bound where a pixel hardly varies, as at the border of a digit: the noise
-of dequantisation, 1/256 wide, and the floor of the standard deviation keep it finite.
+A density has no upper bound where a pixel hardly varies, for example at the border of a digit. Two
+things keep it finite: the noise of dequantisation, 1/256 wide, and the floor of the deviation.
 """
 
 import math
@@ -32,14 +32,16 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import lax, random
-from jaxtyping import Array, Float, Num
+from jax.core import Tracer
+from jaxtyping import Array, Float, Shaped
 from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 
-Images = Num[Array, "N ..."] | Num[np.ndarray, "N ..."]  # grey: uint8, or floats in [0, 1]
+# Grey images: uint8, floats in [0, 1], or bool if they are binary.
+Images = Shaped[Array, "N ..."] | Shaped[np.ndarray, "N ..."]
 
 NUM_LEVELS = 256
-SCALE_FLOOR = 1 / NUM_LEVELS  # of a pixel's standard deviation: one grey level on [0, 1]
+PIXEL_SCALE_FLOOR = 1 / NUM_LEVELS  # the least deviation of a pixel: one grey level on [0, 1]
 
 
 @runtime_checkable
@@ -48,7 +50,7 @@ class Likelihood(Protocol):
 
     @property
     def num_outputs(self) -> int:
-        """The decoder's arrays of the image's shape."""
+        """How many arrays of the image's shape the decoder gives."""
         ...
 
     @property
@@ -61,12 +63,16 @@ class Likelihood(Protocol):
         """The greatest value of x: white."""
         ...
 
+    def check(self, x: Any) -> None:
+        """Raises ValueError for arrays that are not grey images, and not this likelihood's x."""
+        ...
+
     def prepare(self, key: Array, images: Images) -> Float[Array, "N ..."]:
-        """Grey images as the x that this likelihood describes."""
+        """The x that this likelihood describes, from grey images."""
         ...
 
     def __call__(self, outputs: Float[Array, "N k ..."]) -> dist.Distribution:
-        """p(x | z), of batch shape (N, *x), from the decoder's ``num_outputs`` arrays."""
+        """p(x | z) from the decoder's ``num_outputs`` arrays. Its batch shape is (N, *x_shape)."""
         ...
 
     def bits_per_dim(self, log_likelihood: Any, num_dims: int) -> Any:
@@ -75,16 +81,69 @@ class Likelihood(Protocol):
 
 
 def grey(images: Images) -> Float[Array, "N ..."]:
-    """Grey images on [0, 1]."""
+    """Grey images on [0, 1]. Floats outside become NaN: the loss shows it.
+
+    Raises:
+        ValueError: another type than uint8, bool and floats.
+    """
     if images.dtype == jnp.uint8:
         return jnp.asarray(images, jnp.float32) / (NUM_LEVELS - 1)
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"x: expected uint8 or floats in [0, 1], got {images.dtype}")
-    return jnp.asarray(images, jnp.float32)
+    if not (images.dtype == jnp.bool_ or jnp.issubdtype(images.dtype, jnp.floating)):
+        raise ValueError(_not_grey("x", "[0, 1]", images.dtype, _AS_UINT8))
+    x = jnp.asarray(images, jnp.float32)
+    return jnp.where((x >= 0) & (x <= 1), x, jnp.nan)
+
+
+_AS_UINT8 = "give uint8, or divide by the largest level"
+
+
+def _not_grey(name: str, interval: str, got: Any, advice: str) -> str:
+    return f"{name}: expected uint8, bool or floats in {interval}, got {got}; {advice}"
+
+
+def check_grey(images: Any, low: float = 0.0, high: float = 1.0, name: str = "x") -> None:
+    """Refuses arrays that are not grey images, before a training makes something else of them.
+
+    Args:
+        images: a NumPy or JAX array (N, ...). Values of traced arrays are not looked at.
+        low, high: the ends of the interval of x. Floats may lie there or in [0, 1].
+        name: the array's name in a message.
+
+    Raises:
+        ValueError: another type than uint8, bool and floats; floats outside the interval; uint8
+            with 0 and 1 alone, which are nearly black.
+    """
+    least, most = min(low, 0.0), max(high, 1.0)
+    interval, dtype = f"[{least:g}, {most:g}]", images.dtype
+    is_float = jnp.issubdtype(dtype, jnp.floating)
+    if not (is_float or dtype in (jnp.uint8, jnp.bool_)):
+        raise ValueError(_not_grey(name, interval, _range_of(images), _AS_UINT8))
+    if isinstance(images, Tracer) or images.size == 0 or dtype == jnp.bool_:
+        return
+    if is_float:
+        first, last = float(images.min()), float(images.max())
+        if not (least <= first and last <= most):
+            advice = (
+                "divide by 255 or by the largest level"
+                if first >= 0 and last < NUM_LEVELS
+                else f"scale {name} to [0, 1]: (x - min) / (max - min), or use "
+                f"models.linear_gaussian for unbounded numbers"
+            )
+            raise ValueError(_not_grey(name, interval, _range_of(images), advice))
+    elif int(images.max()) == 1:
+        advice = "give binary images as bool or as floats (level 1 of 255 is nearly black)"
+        raise ValueError(_not_grey(name, interval, _range_of(images), advice))
+
+
+def _range_of(array: Any) -> str:
+    """The type of an array, and its least and greatest value where they are known."""
+    if isinstance(array, Tracer) or array.size == 0 or not jnp.issubdtype(array.dtype, np.number):
+        return str(array.dtype)
+    return f"{array.dtype} from {array.min()} to {array.max()}"
 
 
 def _random_words(key: Array, shape: tuple[int, ...]) -> Array:
-    """Uniform integers below 2^16: half the work of the generator's own 32-bit words."""
+    """Uniform integers below 2^16. Each of the generator's 32-bit words gives two."""
     size = math.prod(shape)
     words = random.bits(key, ((size + 1) // 2,), jnp.uint32)
     return lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size].reshape(shape)
@@ -98,10 +157,15 @@ class Bernoulli:
     low = 0.0
     high = 1.0
 
+    def check(self, x: Any) -> None:
+        """As ``check_grey``: floats lie in [0, 1]."""
+        check_grey(x, self.low, self.high)
+
     def prepare(self, key: Array, images: Images) -> Float[Array, "N ..."]:
-        """Each pixel white with a probability that is its grey level (to 2^-16)."""
-        words = _random_words(key, images.shape).astype(jnp.float32)
-        return (words + 0.5 < grey(images) * 2**16).astype(jnp.float32)
+        """Draws each pixel: white with its grey level as the probability (to 2^-16)."""
+        words, levels = _random_words(key, images.shape).astype(jnp.float32), grey(images)
+        white = (words + 0.5 < levels * 2**16).astype(jnp.float32)
+        return jnp.where(jnp.isnan(levels), jnp.nan, white)
 
     def __call__(self, outputs: Float[Array, "N 1 ..."]) -> dist.Distribution:
         """Bernoulli(logits)."""
@@ -114,15 +178,18 @@ class Bernoulli:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean and diagonal variance from the network.
+    """A Gaussian per pixel, with mean and standard deviation from the network.
 
     Attributes:
-        low: x lies in [low, 1]; 0, or -1 for images on [-1, 1].
+        low: the least x. x lies in [low, 1]: 0, or -1 for images on [-1, 1].
         floor: the least standard deviation, for an x on [0, 1].
+
+    Raises:
+        ValueError: ``low`` is not below 1, or ``floor`` is not positive.
     """
 
     low: float = 0.0
-    floor: float = SCALE_FLOOR
+    floor: float = PIXEL_SCALE_FLOOR
     num_outputs = 2
     high = 1.0
 
@@ -132,10 +199,14 @@ class Gaussian:
         if not self.floor > 0:
             raise ValueError(f"floor: expected a positive standard deviation, got {self.floor}")
 
-    def prepare(self, key: Array, images: Images) -> Float[Array, "N ..."]:
-        """Grey level g of 256 becomes uniform on [g, g + 1] / 256, then x on [low, 1].
+    def check(self, x: Any) -> None:
+        """As ``check_grey``: floats lie in [0, 1], or in [low, 1] if they are prepared."""
+        check_grey(x, self.low, self.high)
 
-        Images of floats have no levels and are taken as they are.
+    def prepare(self, key: Array, images: Images) -> Float[Array, "N ..."]:
+        """Makes grey level g of 256 uniform on [g, g + 1] / 256, and maps [0, 1] to [low, 1].
+
+        Floats have no levels, so they get no noise.
         """
         x = grey(images)
         if images.dtype == jnp.uint8:
@@ -144,7 +215,7 @@ class Gaussian:
         return self.low + (self.high - self.low) * x
 
     def __call__(self, outputs: Float[Array, "N k ..."]) -> dist.Distribution:
-        """Normal(x_loc, x_scale), with x_loc through a sigmoid."""
+        """Normal(x_loc, x_scale). x_loc goes through a sigmoid."""
         width = self.high - self.low
         x_loc = self.low + width * jax.nn.sigmoid(outputs[:, 0])
         return dist.Normal(x_loc, self.scale(outputs))
@@ -154,14 +225,14 @@ class Gaussian:
         return (self.high - self.low) * (jax.nn.softplus(outputs[:, 1] - 1) + self.floor)
 
     def bits_per_dim(self, log_likelihood: Any, num_dims: int) -> Any:
-        """-log2 p(x) / D, plus the log2 of the grey levels in one unit of x."""
+        """-log2 p(x) / D + log2(grey levels in one unit of x)."""
         levels = NUM_LEVELS / (self.high - self.low)
         return -log_likelihood / (num_dims * math.log(2)) + math.log2(levels)
 
 
 @dataclass(frozen=True)
 class GaussianOneScale(Gaussian):
-    """Mean from the network, one standard deviation for all pixels: the site ``x_scale``."""
+    """A Gaussian with its mean from the network. All pixels share the site ``x_scale``."""
 
     num_outputs = 1
 
@@ -174,9 +245,9 @@ class GaussianOneScale(Gaussian):
 
 @dataclass(frozen=True)
 class GaussianIdentity(Gaussian):
-    """Mean from the network, standard deviation 1.
+    """A Gaussian with its mean from the network and the standard deviation 1.
 
-    The density cannot exceed -log(2 pi) / 2 per pixel.
+    Its log density is at most -log(2 pi) / 2 per pixel.
     """
 
     num_outputs = 1
@@ -194,12 +265,16 @@ class DiscretizedLogistic:
     low = 0.0
     high = NUM_LEVELS - 1.0
 
+    def check(self, x: Any) -> None:
+        """As ``check_grey``: floats lie in [0, 1], or in [0, 255] if they are prepared."""
+        check_grey(x, self.low, self.high)
+
     def prepare(self, key: Array, images: Images) -> Float[Array, "N ..."]:
-        """The level, 0 to 255; floats in [0, 1] are rounded to the nearest."""
+        """The level, 0 to 255. Floats in [0, 1] are rounded to the nearest level."""
         return jnp.round(grey(images) * self.high)
 
     def __call__(self, outputs: Float[Array, "N 2 ..."]) -> dist.Distribution:
-        """Mean through a sigmoid; the scale is a softplus plus a hundredth of a level."""
+        """Puts the mean through a sigmoid. The scale is a softplus plus a hundredth of a level."""
         loc = self.high * jax.nn.sigmoid(outputs[:, 0])
         scale = 0.01 + self.high * jax.nn.softplus(outputs[:, 1] - 3)
         return Levels(loc, scale)
@@ -210,13 +285,13 @@ class DiscretizedLogistic:
 
 
 class Levels(dist.Distribution):
-    """A logistic distribution rounded to the levels 0 .. 255; the outer bins take the tails.
+    """A logistic distribution rounded to the levels 0 .. 255. The outer bins take the tails.
 
-    With s the logistic function, a = (x - 1/2 - loc) / scale and b = (x + 1/2 - loc) / scale,
-    p(x) = s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)), which loses no digits in either tail.
+    Let s be the logistic function, a = (x - 1/2 - loc) / scale and b = (x + 1/2 - loc) / scale.
+    Then p(x) = s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)). The last form loses no digits in a tail.
 
     Args:
-        loc, scale: of the logistic, in levels.
+        loc, scale: location and scale of the logistic distribution, in levels.
     """
 
     arg_constraints: ClassVar[dict] = {"loc": constraints.real, "scale": constraints.positive}
@@ -229,7 +304,7 @@ class Levels(dist.Distribution):
 
     @validate_sample
     def log_prob(self, value: Any) -> Array:
-        """log p(value), value a level."""
+        """log p(value) for a level."""
         below = jax.nn.log_sigmoid((value + 0.5 - self.loc) / self.scale)
         above = jax.nn.log_sigmoid((self.loc - value + 0.5) / self.scale)
         inside = jnp.log(-jnp.expm1(-1 / self.scale))

@@ -1,37 +1,37 @@
-"""The linear-Gaussian model: a decoder that is an affine map, so that everything has a formula.
+"""The linear-Gaussian model: the decoder is an affine map, so everything has a formula.
 
-A few latent numbers z, and the condition's features c if there are any, move x along straight
-lines, and noise of one size comes on top:
+A few latent numbers z move x along straight lines. So do the features of a condition c, if there is
+one. Noise of one size comes on top:
 
     z        ~  Normal(0, I)                                the prior       p(z),        z in R^K
     x | z, c ~  Normal(W z + B c + b, sigma^2 I)            the likelihood  p(x | z, c), x in R^D
 
 Without c this is probabilistic principal component analysis (Tipping & Bishop 1999, equation 2;
-"TB" below). Whatever the guide, the ELBO falls short of the likelihood by its divergence from the
-posterior, and here all three are known:
+"TB" below). For any guide, the ELBO is the likelihood less the guide's divergence from the
+posterior. Likelihood and posterior are known:
 
     log p(x | c)  =  log Normal(x; B c + b, W W^T + sigma^2 I)                            (TB, 3)
     p(z | x, c)   =  Normal(Lambda^-1 W^T (x - B c - b) / sigma^2, Lambda^-1)             (TB, 6)
     Lambda        =  I + W^T W / sigma^2                               the posterior's precision
 
-The posterior's mean is affine in (x, c) and its covariance the same for every datum: an affine
-encoder is enough for any of the Gaussian guides, and none loses anything to amortisation. What the
-best one of each family loses, for given parameters of the model, is
+The posterior's mean is affine in (x, c), and its covariance is the same for every datum. So an
+affine encoder is enough for each Gaussian family, and amortisation loses nothing. For given
+parameters of the model, the best guide of a family loses
 
     full covariance    0
     mean field         1/2 (sum_i log Lambda_ii - log det Lambda)                ``mean_field_gap``
     the prior          1/2 (tr Lambda - K - log det Lambda + m^T Lambda m)       ``prior_gap``
 
-with m the posterior's mean. (Low rank plus diagonal lies between the first two, without a formula.)
+nats per datum, with m the posterior's mean. Low rank plus diagonal lies between the first two. It
+has no formula.
 
-The likelihood does not change when z is rotated, W -> W R, and the mean-field gap does. It is zero
-where the columns of W are orthogonal, and one of the solutions of maximum likelihood is like that.
-So a mean-field guide loses its gap where the model's parameters are *held*, and loses nothing where
-they are trained with it: then the ELBO's maximum is the likelihood's, and among the rotations that
-are all alike to the likelihood it picks the principal axes (Lucas et al. 2019, section 4; Rolinek
-et al. 2019).
+A rotation of z, W -> W R, changes the mean-field gap and not the likelihood. The gap is zero if the
+columns of W are orthogonal, and one maximum of the likelihood has such columns. So a mean-field
+guide loses its gap if the model's parameters are *held*. It loses nothing if they are trained with
+it: the ELBO's maximum is then the likelihood's. Among the rotations it picks the principal axes
+(Lucas et al. 2019, section 4; Rolinek et al. 2019).
 
-| on paper (TB)   | in code                          | what it is                                  |
+| on paper (TB)   | in code                          | meaning                                     |
 |-----------------|----------------------------------|---------------------------------------------|
 | t               | ``x``, (N, *x_shape)             | observations; D numbers each                |
 | x               | ``z``, (N, num_latents)          | latent vectors; K numbers each              |
@@ -49,11 +49,10 @@ et al. 2019).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -62,33 +61,29 @@ from flax import nnx
 from jax import random
 from jaxtyping import Array, Float
 
-from models.conditions import Condition, Labels
+from models.conditions import Condition, Labels, check_given
+from models.gaussian_mean import NoMaximumError
+from models.networks import Encoder, check_shape
 
 # --- configuration, model -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Model:
-    """p(x, z | c). Call it with ``x=None`` to generate one x, or one for each condition.
+    """The program p(x, z | c). Without ``x`` it generates one x, or one for each condition.
 
     Attributes:
-        x_shape: of one datum, (28, 28) or (D,).
-        num_latents: K.
-        condition: what c is, ``Values`` or ``Labels`` of ``models.conditions``; None for none.
+        x_shape: the shape of one datum, for example (28, 28) or (D,).
+        num_latents: K, the dimensions of z.
+        condition: the kind of c, ``Values`` or ``Labels`` of ``models.conditions``, or None.
 
     Raises:
-        ValueError: a size that is not positive, or labels with a learned embedding, which B is.
+        ValueError: a size is not positive, or labels have a learned embedding. B is one already.
     """
 
     x_shape: tuple[int, ...] = (28, 28)
     num_latents: int = 10
     condition: Condition | None = None
-
-    # What makes ``models.guides`` give it an encoder that is one affine map.
-    hidden: ClassVar[tuple[int, ...]] = ()
-    channels: ClassVar[tuple[int, ...]] = ()
-    activation: ClassVar[Callable[[Array], Array]] = staticmethod(jax.nn.relu)
-    dtype: ClassVar[str] = "float32"
 
     def __post_init__(self):
         if not self.x_shape or any(size < 1 for size in self.x_shape):
@@ -102,32 +97,60 @@ class Model:
             )
 
     def check_data(self, c: Any = None, x: Any = None) -> None:
-        """Raises ValueError where conditions or observations are not what the model declares."""
-        if (c is None) != (self.condition is None):
-            raise ValueError(
-                f"c: expected {'none' if self.condition is None else 'conditions'}, got "
-                f"{'none' if c is None else 'some'}; the model's condition is {self.condition}"
-            )
+        """Refuses observations and conditions that the model is not made for.
+
+        Args:
+            c: conditions, if the model has them.
+            x: floats (N, *x_shape) of any size. None for none.
+
+        Raises:
+            ValueError: another shape or type, or labels outside the classes.
+        """
+        check_given(self.condition, c)
         if self.condition is not None:
             self.condition.check(c)
-        if x is not None and (
-            x.shape[1:] != self.x_shape or not jnp.issubdtype(x.dtype, jnp.floating)
-        ):
-            shape = ", ".join(map(str, ("N", *self.x_shape)))
+        self._check_observations(x)
+
+    def _check_observations(self, x: Any) -> None:
+        if x is None:
+            return
+        check_shape(x, self.x_shape)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
-                f"x: expected floats of shape ({shape}), got {x.dtype} of shape {x.shape}; give "
-                f"the model their x_shape, and the data as floats"
+                f"x: expected floats, got {x.dtype}; give the data as floats, for example "
+                f"x.astype(numpy.float32)"
             )
 
+    def encoder(
+        self, num_outputs: int, *, hidden: Sequence[int] | None = None, rngs: nnx.Rngs
+    ) -> Encoder:
+        """A network from x and c to a guide's numbers: an affine map, unless ``hidden`` is given.
+
+        Args:
+            num_outputs: how many numbers it gives for one datum.
+            hidden: units of the hidden layers. Default: none.
+            rngs: Flax's random numbers.
+        """
+        return Encoder(self.x_shape, hidden or (), num_outputs, condition=self.condition, rngs=rngs)
+
     def features(self, c: Any) -> Float[Array, "N C"] | None:
-        """The condition as numbers: labels one-hot, values flattened; None without condition."""
+        """The condition as numbers: one-hot labels or flattened values. None without condition."""
         if self.condition is None:
             return None
         return self.condition.features(rngs=nnx.Rngs(0))(jnp.asarray(c))  # there are no weights
 
     def __call__(self, x: Float[Any, "N ..."] | None = None, c: Any = None) -> None:
-        """Samples z and x, given c if there is a condition, and observes x if it is given."""
-        self.check_data(c, x)
+        """Samples z and x, given c if there is a condition, and observes x if it is given.
+
+        Args:
+            x: floats (N, *x_shape). None to generate.
+            c: conditions (N, ...). None if the model has none.
+
+        Raises:
+            ValueError: arrays of another shape or type.
+        """
+        check_given(self.condition, c)
+        self._check_observations(x)
         D, K = math.prod(self.x_shape), self.num_latents
         params = {
             # columns of about unit length, in another direction for every seed
@@ -150,11 +173,11 @@ class Model:
 
 # --- what is known in closed form -----------------------------------------------------------------
 #
-# Nothing is as large as D x D, but for the covariance of the data in ``maximum_likelihood``.
+# Only ``maximum_likelihood`` makes an array as large as D x D: the covariance of the data.
 
 
 def _mean(model: Model, params: Mapping[str, Any], c: Any) -> Array:
-    """E[x | c] = B c + b, (N, D), or (D,) without condition."""
+    """The mean of x given c, B c + b: (N, D), or (D,) without condition."""
     features = model.features(c)
     b = jnp.asarray(params["b"])
     return b if features is None else features @ jnp.asarray(params["B"]).T + b
@@ -163,13 +186,13 @@ def _mean(model: Model, params: Mapping[str, Any], c: Any) -> Array:
 def _residual(
     model: Model, params: Mapping[str, Any], data: Mapping[str, Any]
 ) -> Float[Array, "N D"]:
-    """x - B c - b."""
+    """The difference of x from its mean, x - B c - b."""
     x = jnp.asarray(data["x"])
     return x.reshape(len(x), -1) - _mean(model, params, data.get("c"))
 
 
 def precision(params: Mapping[str, Any]) -> Float[Array, "K K"]:
-    """Lambda = I + W^T W / sigma^2, the precision of p(z | x, c): Gaussian precisions add.
+    """The precision of p(z | x, c), Lambda = I + W^T W / sigma^2: Gaussian precisions add.
 
     Args:
         params: ``W``, (D, K), and ``sigma`` of one seed.
@@ -181,13 +204,13 @@ def precision(params: Mapping[str, Any]) -> Float[Array, "K K"]:
 def posterior(
     model: Model, params: Mapping[str, Any], data: Mapping[str, Any]
 ) -> tuple[Float[Array, "N K"], Float[Array, "K K"]]:
-    """The exact p(z | x, c): the mean for each datum, and the covariance, which they share.
+    """The exact p(z | x, c): the mean for each datum, and the one covariance.
 
-    The terms in z of log p(x, z | c) are z^T W^T (x - B c - b) / sigma^2 - 1/2 z^T Lambda z: the
-    mean is Lambda^-1 W^T (x - B c - b) / sigma^2, the covariance Lambda^-1 (TB, equation 6).
+    The terms in z of log p(x, z | c) are z^T W^T (x - B c - b) / sigma^2 - 1/2 z^T Lambda z. So the
+    mean is Lambda^-1 W^T (x - B c - b) / sigma^2, and the covariance is Lambda^-1 (TB, equation 6).
 
     Args:
-        model: whose condition and shapes these are.
+        model: the model. It says how c becomes numbers.
         params: ``W``, ``b``, ``sigma`` and, with a condition, ``B``, of one seed.
         data: ``x``, (N, *x_shape), and with a condition ``c``.
     """
@@ -201,13 +224,13 @@ def log_likelihood(
 ) -> Float[Array, " N"]:
     """The exact log p(x | c), in nats, for each datum.
 
-    x - B c - b = W z + noise has the covariance S = W W^T + sigma^2 I (TB, equation 3). With r
-    that difference and m the posterior's mean, the lemmas on determinants and inverses of sums give
+    Let r = x - B c - b = W z + noise. Its covariance is S = W W^T + sigma^2 I (TB, equation 3). Let
+    m be the posterior's mean. The lemmas on determinants and inverses of sums give
 
         log det S  =  D log sigma^2 + log det Lambda
-        r^T S^-1 r =  |r - W m|^2 / sigma^2 + |m|^2,
+        r^T S^-1 r =  |r - W m|^2 / sigma^2 + |m|^2.
 
-    the second because m minimises |r - W z|^2 / sigma^2 + |z|^2 over z.
+    The second holds because m minimises |r - W z|^2 / sigma^2 + |z|^2 over z.
 
     Args:
         model, params, data: as in ``posterior``.
@@ -221,17 +244,17 @@ def log_likelihood(
 
 
 def mean_field_gap(params: Mapping[str, Any]) -> Float[Array, ""]:
-    """What the best mean-field Gaussian guide loses, the same for every datum: nats per datum.
+    """The loss of the best mean-field Gaussian guide, in nats per datum. All data have the same.
 
-    With q's mean at the posterior's and its covariance S, KL(q || p) is
+    Let q have the posterior's mean and the covariance S. Then KL(q || p) is
 
         1/2 (tr Lambda S - K - log det Lambda S).
 
-    For diagonal S the derivative by S_ii is zero at S_ii = 1 / Lambda_ii, and there it is
+    For diagonal S the derivative by S_ii is zero at S_ii = 1 / Lambda_ii. There the divergence is
 
-        1/2 (sum_i log Lambda_ii - log det Lambda)  >=  0        (Hadamard's inequality),
+        1/2 (sum_i log Lambda_ii - log det Lambda)  >=  0        (Hadamard's inequality).
 
-    zero if and only if Lambda is diagonal: if the columns of W are orthogonal.
+    It is zero if and only if Lambda is diagonal: if the columns of W are orthogonal.
 
     Args:
         params: ``W`` and ``sigma`` of one seed.
@@ -243,7 +266,7 @@ def mean_field_gap(params: Mapping[str, Any]) -> Float[Array, ""]:
 def prior_gap(
     model: Model, params: Mapping[str, Any], data: Mapping[str, Any]
 ) -> Float[Array, " N"]:
-    """What the prior loses as a guide, KL(p(z) || p(z | x, c)), in nats, for each datum.
+    """The loss of the prior as a guide, KL(p(z) || p(z | x, c)), in nats, for each datum.
 
     The divergence of Normal(0, I) from Normal(m, Lambda^-1):
 
@@ -257,38 +280,34 @@ def prior_gap(
     return 0.5 * (constant + jnp.sum(m @ matrix * m, axis=1))
 
 
-class NoMaximumError(ValueError):
-    """The data at hand have no maximum-likelihood solution, or no unique sigma."""
-
-
 def maximum_likelihood(
     model: Model, data: Mapping[str, Any]
 ) -> tuple[dict[str, Float[np.ndarray, "..."]], float]:
     """The parameters that maximise the likelihood of these data, and its value in nats per datum.
 
-    B and b: whatever the covariance S of x given c, which all data share, the best ones are
-    ordinary least squares, as all coordinates of x have the same regressors (Zellner 1962). Of
-    the residuals' covariance let l_1 >= ... >= l_D be the eigenvalues, U those of the first K as
-    columns of eigenvectors. Then (TB, equations 7 and 8)
+    B and b are ordinary least squares for any covariance S of x given c, because all coordinates of
+    x have the same regressors (Zellner 1962). Let l_1 >= ... >= l_D be the eigenvalues of the
+    residuals' covariance. Let the columns of U be its first K eigenvectors. Then (TB, equations 7
+    and 8)
 
         sigma^2 = (l_{K+1} + ... + l_D) / (D - K),    W = U (diag(l_1 .. l_K) - sigma^2 I)^(1/2) R
 
-    for any rotation R. Returned is R = I, whose columns are orthogonal, so that the same number is
-    the maximum of the ELBO with a mean-field guide. At it, the likelihood is
+    for any rotation R. The function returns R = I. The columns of W are then orthogonal. So a
+    mean-field guide's ELBO has the same maximum. The likelihood there is
 
         -1/2 (D log 2 pi + log l_1 + ... + log l_K + (D - K) log sigma^2 + D).
 
-    Where the features are dependent, as one-hot labels and the constant are, only B c + b is
-    determined, and of all such B and b the B of least norm on the centred features is returned.
+    If the features are dependent, only B c + b is determined. One-hot labels are an example. The
+    function then returns the B of least norm on the centred features.
 
     Args:
-        model: whose condition and number of latents these are.
+        model: the model. Its condition and its number of latents count.
         data: ``x``, (N, *x_shape), and with a condition ``c``.
 
     Raises:
-        NoMaximumError: x lies in a plane of K dimensions, as with K data or fewer, so that the
-            likelihood grows as sigma falls to zero; or x has only K numbers, or fewer.
-        ValueError: the data are not what the model declares.
+        NoMaximumError: x lies in a plane of K dimensions, or x has only K numbers or fewer. In the
+            first case the likelihood grows as sigma falls to zero. K data always lie in one.
+        ValueError: the model does not take these data.
     """
     model.check_data(**data)
     x = np.asarray(data["x"]).reshape(len(data["x"]), -1)

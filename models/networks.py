@@ -1,9 +1,12 @@
 """Networks: Flax NNX modules that take and return arrays, and the one way into a program.
 
-A network inside a NumPyro program is one ``numpyro.param`` site whose value is the tree of its
-parameters. It is made from the program's own key, so that restarts differ under ``vmap``.
+``network(name, build)`` puts a network into a NumPyro program. The tree of its parameters is one
+``numpyro.param`` site. The start values come from the program's own key, so restarts differ under
+``vmap``.
 
-    decoder = network("decoder", lambda rngs: Decoder(..., rngs=rngs))
+    decoder = network("decoder", lambda rngs: Decoder(20, (500,), (28, 28), rngs=rngs))
+
+The modules take explicit sizes and know nothing of models. They hold parameters and no other state.
 """
 
 import itertools
@@ -13,33 +16,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Num
 
+from models.conditions import Condition
+
 Activation = Callable[[Array], Array]
 
-SCALE_FLOOR = 1e-4  # of a guide's or a prior's standard deviation
+SCALE_FLOOR = 1e-4  # the least standard deviation of a guide or a prior
 
 
 def positive(raw: Array) -> Array:
-    """A network's outputs as standard deviations: their softplus plus ``SCALE_FLOOR``."""
+    """Standard deviations from a network's outputs: their softplus plus ``SCALE_FLOOR``."""
     return jax.nn.softplus(raw) + SCALE_FLOOR
 
 
 def network[Module: nnx.Module](name: str, build: Callable[[nnx.Rngs], Module]) -> Module:
-    """The network that ``build`` makes, its parameters the site ``name`` of the program.
+    """The network that ``build`` makes. Its parameters are the site ``name`` of the program.
 
     Args:
-        name: of the ``numpyro.param`` site.
-        build: from Flax's random numbers to a module.
+        name: the name of the ``numpyro.param`` site.
+        build: a function from Flax's random numbers to a module.
 
     Raises:
-        TypeError: the module keeps a state beside its parameters, as batch normalisation and
-            dropout do.
-        ValueError: the parameters given to the program are not this network's, or none are given
-            and there is no key to make them from.
+        TypeError: ``build`` returns no module, or the module keeps a state beside its parameters.
+            Batch normalisation and dropout keep one.
+        ValueError: the program's parameters belong to another network, or it has no parameters and
+            no key to make them from.
     """
 
     def initialise(key: Array | None) -> dict[str, Any]:
@@ -51,6 +57,11 @@ def network[Module: nnx.Module](name: str, build: Callable[[nnx.Rngs], Module]) 
         return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
 
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    if not isinstance(abstract, nnx.Module):
+        raise TypeError(
+            f"network {name!r}: expected a Flax NNX module, got {type(abstract).__name__}; return "
+            f"a subclass of flax.nnx.Module"
+        )
     graph, params, rest = nnx.split(abstract, nnx.Param, ...)
     if jax.tree.leaves(rest):
         raise TypeError(
@@ -65,8 +76,8 @@ def network[Module: nnx.Module](name: str, build: Callable[[nnx.Rngs], Module]) 
         path = differ[0]
         raise ValueError(
             f"network {name!r}: expected {path} of shape {expected.get(path)}, got "
-            f"{got.get(path)}, one of {len(differ)} differences; these parameters are those of "
-            f"another network, or of several seeds: take one, jax.tree.map(lambda p: p[0], params)"
+            f"{got.get(path)}, one of {len(differ)} differences; these parameters belong to "
+            f"another network, or to several seeds: take one seed, fit.params_of(0)"
         )
     nnx.replace_by_pure_dict(params, weights)
     return nnx.merge(graph, params)
@@ -78,15 +89,20 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 class MLP(nnx.Module):
-    """Affine maps with an activation after each but the last.
+    """A multilayer perceptron: affine maps with an activation after each but the last.
 
     Args:
-        sizes: of the input, of each hidden layer and of the output.
-        activation: after every hidden layer.
-        dtype: in which the layers compute. Parameters and output are float32.
+        sizes: the lengths of the input, of each hidden layer and of the output.
+        activation: the function of arrays after every hidden layer.
+        dtype: the type that the layers compute in. Parameters and output are float32.
+
+    Raises:
+        ValueError: a size is not positive.
     """
 
     def __init__(self, sizes: Sequence[int], activation: Activation, dtype: str, *, rngs: nnx.Rngs):
+        if any(size < 1 for size in sizes):
+            raise ValueError(f"MLP: expected positive sizes, got {tuple(sizes)}")
         self.layers = nnx.List(
             nnx.Linear(n, m, dtype=jnp.dtype(dtype), rngs=rngs)
             for n, m in itertools.pairwise(sizes)
@@ -101,10 +117,10 @@ class MLP(nnx.Module):
 
 
 class GaussianMLP(nnx.Module):
-    """An MLP whose output is the location and the scale of a Gaussian.
+    """An MLP that returns the location and the scale of a Gaussian.
 
     Args:
-        sizes: of the input, of each hidden layer and of the location.
+        sizes: the lengths of the input, of each hidden layer and of the location.
         activation, dtype: as in ``MLP``.
     """
 
@@ -114,26 +130,85 @@ class GaussianMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch n"]
     ) -> tuple[Float[Array, "*batch m"], Float[Array, "*batch m"]]:
-        """The location, and the standard deviation."""
+        """The location and the standard deviation."""
         loc, raw = jnp.split(self.mlp(x), 2, axis=-1)
         return loc, positive(raw)
 
 
+class PriorNetwork(nnx.Module):
+    """The prior p(z | c): from the condition to ``z_loc`` and ``z_scale``.
+
+    Args:
+        condition: the kind of condition.
+        hidden: units of the hidden layers, from c to z.
+        num_latents: the dimensions of z.
+        num_more: how many numbers per datum the network sees beside c.
+        activation, dtype: as in ``MLP``.
+    """
+
+    def __init__(
+        self,
+        condition: Condition,
+        hidden: Sequence[int],
+        num_latents: int,
+        *,
+        num_more: int = 0,
+        activation: Activation = jax.nn.relu,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        self.features = condition.features(rngs=rngs)
+        sizes = (condition.num_features + num_more, *hidden, num_latents)
+        self.mlp = GaussianMLP(sizes, activation, dtype, rngs=rngs)
+
+    def __call__(
+        self, c: Num[Array, "N ..."], more: Float[Array, "N ..."] | None = None
+    ) -> tuple[Float[Array, "N z"], Float[Array, "N z"]]:
+        """Location and standard deviation, each (N, num_latents)."""
+        features = self.features(c)
+        if more is not None:
+            features = jnp.concatenate([features, more.reshape(len(more), -1)], axis=-1)
+        return self.mlp(features)
+
+
 # --- the networks of images -----------------------------------------------------------------------
-#
-# Each is made from the configuration of a model: ``models.vae.Model``, ``models.cvae.Model``.
 
 
 class Decoder(nnx.Module):
-    """From z, and the condition if there is one, to the likelihood's arrays."""
+    """From z to the likelihood's arrays. The condition enters beside z, if there is one.
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs):
-        self.outputs = (config.likelihood.num_outputs, *config.x_shape)
-        self.features = _features(config, rngs)
-        self.grow = Grow(config, rngs=rngs) if config.channels else None
-        num_outputs = math.prod(_smallest(config)) if config.channels else math.prod(self.outputs)
-        sizes = (config.num_latents + _num_features(config), *config.hidden, num_outputs)
-        self.mlp = MLP(sizes, config.activation, config.dtype, rngs=rngs)
+    Args:
+        num_latents: the dimensions of z.
+        hidden: units of the hidden layers, from z to x.
+        x_shape: the shape of one image, (height, width) or (height, width, channels).
+        num_outputs: how many arrays of that shape the likelihood takes.
+        channels: channels of the convolutions, from x to z. Each doubles the image on its way out.
+        condition: the kind of condition, or None.
+        activation, dtype: as in ``MLP``.
+    """
+
+    def __init__(
+        self,
+        num_latents: int,
+        hidden: Sequence[int],
+        x_shape: Sequence[int],
+        *,
+        num_outputs: int = 1,
+        channels: Sequence[int] = (),
+        condition: Condition | None = None,
+        activation: Activation = jax.nn.relu,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        self.outputs = (num_outputs, *x_shape)
+        self.features = None if condition is None else condition.features(rngs=rngs)
+        if channels:
+            self.grow = Grow(x_shape, channels, num_outputs, activation, dtype, rngs=rngs)
+        else:
+            self.grow = None
+        num_inputs = num_latents + (0 if condition is None else condition.num_features)
+        num_last = math.prod(_smallest(x_shape, channels) if channels else self.outputs)
+        self.mlp = MLP((num_inputs, *hidden, num_last), activation, dtype, rngs=rngs)
 
     def __call__(
         self, z: Float[Array, "N z"], c: Num[Array, "N ..."] | None = None
@@ -146,56 +221,82 @@ class Decoder(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """From x, and the condition if there is one, to the numbers of a guide.
+    """From x to the numbers of a guide. The condition enters beside x, if there is one.
 
     Args:
-        config: of any model with an ``x_shape``; what else it has of ``condition``, ``channels``,
-            ``activation``, ``dtype`` and ``likelihood``, which scales x, is used.
+        x_shape: the shape of one x. With convolutions (height, width) or (height, width, channels),
+            without them any shape.
         hidden: units of the hidden layers, from x to z.
-        num_outputs: numbers of one datum.
+        num_outputs: how many numbers it gives for one datum.
+        low, high: the interval of x, which the network sees as [0, 1].
+        channels: channels of the convolutions, from x to z. Each halves the image.
+        condition: the kind of condition, or None.
+        activation, dtype: as in ``MLP``.
     """
 
-    def __init__(self, config: Any, hidden: Sequence[int], num_outputs: int, *, rngs: nnx.Rngs):
-        likelihood = getattr(config, "likelihood", None)
-        low, high = (likelihood.low, likelihood.high) if likelihood else (0.0, 1.0)
-        self.shift, self.stretch = low, 1 / (high - low)
-        self.features = _features(config, rngs)
-        convolutional = getattr(config, "channels", ())
-        self.shrink = Shrink(config, rngs=rngs) if convolutional else None
-        num_inputs = math.prod(_smallest(config) if convolutional else config.x_shape)
-        sizes = (num_inputs + _num_features(config), *hidden, num_outputs)
-        activation = getattr(config, "activation", jax.nn.relu)
-        self.mlp = MLP(sizes, activation, getattr(config, "dtype", "float32"), rngs=rngs)
+    def __init__(
+        self,
+        x_shape: Sequence[int],
+        hidden: Sequence[int],
+        num_outputs: int,
+        *,
+        low: float = 0.0,
+        high: float = 1.0,
+        channels: Sequence[int] = (),
+        condition: Condition | None = None,
+        activation: Activation = jax.nn.relu,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        self.x_shape, self.shift, self.stretch = tuple(x_shape), low, 1 / (high - low)
+        self.features = None if condition is None else condition.features(rngs=rngs)
+        self.shrink = Shrink(x_shape, channels, activation, dtype, rngs=rngs) if channels else None
+        num_inputs = math.prod(_smallest(x_shape, channels) if channels else x_shape)
+        num_inputs += 0 if condition is None else condition.num_features
+        self.mlp = MLP((num_inputs, *hidden, num_outputs), activation, dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "N ..."], c: Num[Array, "N ..."] | None = None
+        self, x: Float[Array | np.ndarray, "N ..."], c: Num[Any, "N ..."] | None = None
     ) -> Float[Array, "N k"]:
         """(N, num_outputs)."""
-        x = (x - self.shift) * self.stretch
+        check_images(x, self.x_shape)
+        x = (jnp.asarray(x) - self.shift) * self.stretch
         if self.shrink is not None:
             x = self.shrink(x)
         return self.mlp(_join(x.reshape(len(x), -1), c, self.features))
 
 
 # Convolutions normalise their output over groups of channels (Wu & He 2018). Batch normalisation
-# would make a datum's ELBO depend on its batch, and its running averages would be a state that the
-# particles of one step disagree on: it has no place in a program.
+# would make a datum's ELBO depend on its batch. Its running averages would also be a state, on
+# which the particles of one step disagree.
 
 
 class Shrink(nnx.Module):
-    """Convolutions of stride 2, each halving the image, from an image to its features."""
+    """Convolutions of stride 2, from an image to its features. Each halves the image.
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs):
-        self.shape = (*config.x_shape[:2], _num_channels(config))
-        sizes = (self.shape[-1], *config.channels)
-        self.layers = nnx.List(
-            _conv(n, m, 2, config.dtype, rngs) for n, m in itertools.pairwise(sizes)
-        )
-        self.norms = nnx.List(_norm(m, config.dtype, rngs) for m in config.channels)
-        self.activation = config.activation
+    Args:
+        x_shape: the shape of one image, (height, width) or (height, width, channels).
+        channels: channels of the convolutions.
+        activation, dtype: as in ``MLP``.
+    """
+
+    def __init__(
+        self,
+        x_shape: Sequence[int],
+        channels: Sequence[int],
+        activation: Activation,
+        dtype: str,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.shape = (*x_shape[:2], math.prod(x_shape[2:]))
+        sizes = (self.shape[-1], *channels)
+        self.layers = nnx.List(_conv(n, m, 2, dtype, rngs) for n, m in itertools.pairwise(sizes))
+        self.norms = nnx.List(_norm(m, dtype, rngs) for m in channels)
+        self.activation = activation
 
     def __call__(self, x: Float[Array, "N ..."]) -> Float[Array, "N h w m"]:
-        """(N, *x_shape) to (N, height / 2^k, width / 2^k, channels[-1])."""
+        """(N, *x_shape) to (N, height / 2^k, width / 2^k, channels[-1]) for k convolutions."""
         x = x.reshape(-1, *self.shape)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = self.activation(norm(layer(x)))
@@ -203,17 +304,33 @@ class Shrink(nnx.Module):
 
 
 class Grow(nnx.Module):
-    """The way back: convolutions whose channels become pixels (Shi et al. 2016, section 3.2)."""
+    """The way back: convolutions that turn channels into pixels (Shi et al. 2016, section 3.2).
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs):
-        self.shape = _smallest(config)
-        self.num_outputs = config.likelihood.num_outputs
-        sizes = (*config.channels[::-1], self.num_outputs * _num_channels(config))
-        self.norms = nnx.List(_norm(m, config.dtype, rngs) for m in sizes[:-1])
+    Args:
+        x_shape: the shape of one image, (height, width) or (height, width, channels).
+        channels: channels of the convolutions, from x to z.
+        num_outputs: how many images it gives for one datum.
+        activation, dtype: as in ``MLP``.
+    """
+
+    def __init__(
+        self,
+        x_shape: Sequence[int],
+        channels: Sequence[int],
+        num_outputs: int,
+        activation: Activation,
+        dtype: str,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.shape = _smallest(x_shape, channels)
+        self.num_outputs = num_outputs
+        sizes = (*channels[::-1], num_outputs * math.prod(x_shape[2:]))
+        self.norms = nnx.List(_norm(m, dtype, rngs) for m in sizes[:-1])
         self.layers = nnx.List(
-            _conv(n, 4 * m, 1, config.dtype, rngs) for n, m in itertools.pairwise(sizes)
+            _conv(n, 4 * m, 1, dtype, rngs) for n, m in itertools.pairwise(sizes)
         )
-        self.activation = config.activation
+        self.activation = activation
 
     def __call__(self, h: Float[Array, "N n"]) -> Float[Array, "N k height width m"]:
         """Features (N, h * w * channels[-1]) to (N, num_outputs, height, width, channels)."""
@@ -242,17 +359,20 @@ def _conv(num_in: int, num_out: int, stride: int, dtype: str, rngs: nnx.Rngs) ->
 def convolve(
     x: Array, kernel: Array, window_strides: Sequence[int], padding: Any, **others: Any
 ) -> Array:
-    """``lax.conv_general_dilated``, on a CPU as one product of matrices.
+    """Computes ``lax.conv_general_dilated``, on a CPU as one product of matrices.
 
-    In a compiled loop, where ``fit`` has its steps, XLA's own convolutions on a CPU are some
-    forty times slower than outside of it.
+    The steps of a training are a compiled loop. On a CPU, XLA's own convolutions are about forty
+    times slower inside such a loop than outside.
 
     Args:
         x: (N, height, width, channels in).
         kernel: (3, 3, channels in, channels out).
-        window_strides: of both axes.
+        window_strides: the strides of both axes.
         padding: "SAME".
         others: as in ``lax.conv_general_dilated``.
+
+    Returns:
+        (N, ceil(height / stride), ceil(width / stride), channels out).
     """
     if jax.default_backend() != "cpu":
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **others)
@@ -273,38 +393,11 @@ def _norm(num_channels: int, dtype: str, rngs: nnx.Rngs) -> nnx.GroupNorm:
     return nnx.GroupNorm(num_channels, num_groups, dtype=jnp.dtype(dtype), rngs=rngs)
 
 
-def _num_channels(config: Any) -> int:
-    return math.prod(config.x_shape[2:])
-
-
-def _smallest(config: Any) -> tuple[int, int, int]:
+def _smallest(x_shape: Sequence[int], channels: Sequence[int]) -> tuple[int, int, int]:
     """Height, width and channels of the features between convolutions and dense layers."""
-    factor = 2 ** len(config.channels)
-    height, width = config.x_shape[:2]
-    return height // factor, width // factor, config.channels[-1]
-
-
-class PriorNetwork(nnx.Module):
-    """From the condition to ``z_loc`` and ``z_scale``."""
-
-    def __init__(self, config: Any, *, rngs: nnx.Rngs):
-        self.features = config.condition.features(rngs=rngs)
-        sizes = (config.condition.num_features, *config.prior_hidden, config.num_latents)
-        self.mlp = GaussianMLP(sizes, config.activation, config.dtype, rngs=rngs)
-
-    def __call__(self, c: Num[Array, "N ..."]) -> tuple[Float[Array, "N z"], Float[Array, "N z"]]:
-        """Each (N, num_latents)."""
-        return self.mlp(self.features(c))
-
-
-def _features(config: Any, rngs: nnx.Rngs) -> Callable[[Array], Array] | None:
-    condition = getattr(config, "condition", None)
-    return condition and condition.features(rngs=rngs)
-
-
-def _num_features(config: Any) -> int:
-    condition = getattr(config, "condition", None)
-    return condition.num_features if condition else 0
+    factor = 2 ** len(channels)
+    height, width = x_shape[:2]
+    return height // factor, width // factor, channels[-1]
 
 
 def _join(inputs: Array, c: Any, features: Callable[[Array], Array] | None) -> Array:
@@ -312,40 +405,82 @@ def _join(inputs: Array, c: Any, features: Callable[[Array], Array] | None) -> A
         return inputs
     if c is None:
         raise ValueError("c: expected conditions, got none; this model has them")
-    return jnp.concatenate([inputs, features(c)], axis=-1)
+    return jnp.concatenate([inputs, features(jnp.asarray(c))], axis=-1)
 
 
-def check_sizes(config: Any) -> None:
-    """Raises ValueError for a model's configuration with sizes that make no network."""
-    for name, sizes in (
-        ("x_shape", config.x_shape),
-        ("num_latents", (getattr(config, "num_latents", 1),)),
-        ("hidden", config.hidden),
-        ("prior_hidden", getattr(config, "prior_hidden", None) or ()),
-        ("channels", config.channels),
-    ):
-        if any(size < 1 for size in sizes):
-            raise ValueError(f"{name}: expected positive sizes, got {getattr(config, name)}")
-    if len(config.x_shape) not in (2, 3):
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_sizes(
+    x_shape: Sequence[int],
+    channels: Sequence[int],
+    dtype: str,
+    **sizes: int | Sequence[int] | None,
+) -> None:
+    """Refuses sizes that make no image network.
+
+    Args:
+        x_shape: the shape of one image.
+        channels: channels of the convolutions.
+        dtype: the type that the networks compute in.
+        sizes: more sizes by name, for example ``num_latents`` and ``hidden``. None is left alone.
+
+    Raises:
+        ValueError: a size is not positive, an image has not two or three axes, the convolutions
+            cannot halve it, or the type is not "float32" or "bfloat16".
+    """
+    for name, size in {"x_shape": x_shape, **sizes, "channels": channels}.items():
+        several = (size,) if isinstance(size, int) else size or ()
+        if any(n < 1 for n in several):
+            raise ValueError(f"{name}: expected positive sizes, got {size}")
+    if len(x_shape) not in (2, 3):
         raise ValueError(
-            f"x_shape: expected (height, width) or (height, width, channels), got {config.x_shape}"
+            f"x_shape: expected (height, width) or (height, width, channels), got {x_shape}"
         )
-    factor = 2 ** len(config.channels)
-    if any(side % factor for side in config.x_shape[:2]):
+    factor = 2 ** len(channels)
+    if any(side % factor for side in x_shape[:2]):
         raise ValueError(
-            f"x_shape: expected sides that {factor} divides, for {len(config.channels)} "
-            f"convolutions that halve them, got {config.x_shape}; give fewer channels, or crop or "
-            f"pad the images"
+            f"x_shape: expected sides that {factor} divides, for {len(channels)} convolutions that "
+            f"halve them, got {x_shape}; give fewer channels, or crop or pad the images"
         )
-    if config.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f'dtype: expected "float32" or "bfloat16", got {config.dtype!r}')
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f'dtype: expected "float32" or "bfloat16", got {dtype!r}')
 
 
-def check_images(x: Any, x_shape: tuple[int, ...]) -> None:
-    """Raises ValueError for images that a model cannot take as observations."""
-    if x is not None and (x.shape[1:] != x_shape or not jnp.issubdtype(x.dtype, jnp.floating)):
+def check_shape(x: Any, x_shape: Sequence[int], field: str = "x_shape") -> None:
+    """Refuses data of another shape.
+
+    Args:
+        x: an array of shape (N, *x_shape).
+        x_shape: the shape of one datum.
+        field: the name of that shape in a model's configuration.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if x.ndim == 0 or x.shape[1:] != tuple(x_shape):
+        expected = ", ".join(map(str, ("N", *x_shape)))
         raise ValueError(
-            f"x: expected floats of shape (N, {', '.join(map(str, x_shape))}), got {x.dtype} of "
-            f"shape {x.shape}; pass grey images through the likelihood's prepare(key, images), and "
-            f"give the model their x_shape"
+            f"x: expected shape ({expected}), got {x.shape}; reshape x, or set "
+            f"{field}={tuple(x.shape[1:])}"
+        )
+
+
+def check_images(x: Any, x_shape: Sequence[int]) -> None:
+    """Refuses arrays that a program cannot take as observations. It looks at no value.
+
+    Args:
+        x: an array of shape (N, *x_shape), or None.
+        x_shape: the shape of one datum.
+
+    Raises:
+        ValueError: another shape, or a type that is not floating.
+    """
+    if x is None:
+        return
+    check_shape(x, x_shape)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"x: expected floats, got {x.dtype}; make them by the model's prepare(key, batch), as "
+            f"fit(..., preprocess=model.prepare) does"
         )

@@ -1,37 +1,47 @@
-"""The variational autoencoder of Kingma & Welling 2014 and Rezende, Mohamed & Wierstra 2014.
+"""The variational autoencoder, with and without a condition.
 
-An image x comes from a latent vector z, of a few dimensions, through a network, the decoder:
+Kingma & Welling 2014 and Rezende, Mohamed & Wierstra 2014 have it without a condition. Sohn, Lee &
+Yan 2015 give every network a condition c: a label, or any array. They write x -> y for our c -> x.
+An image x comes from a latent vector z of a few dimensions through a network, the decoder:
 
-    z      ~  Normal(0, I)                              the prior       p(z)
-    x | z  ~  likelihood(decoder(z))                    the likelihood  p(x | z)
+    z | c     ~  Normal(0, I)  or  Normal(z_loc(c), z_scale(c)^2)       the prior       p(z | c)
+    x | z, c  ~  likelihood(decoder(z, c))                              the likelihood  p(x | z, c)
 
-and a second network, the encoder, says where z must have been. ``guides.mean_field``, the guide
-of both papers, factorises over the dimensions of z:
+A second network, the encoder, looks at the image and says where z must have been. The guide of all
+three papers is ``guides.mean_field``. It factorises over the dimensions of z:
 
-    z_i | x  ~  Normal(z_loc_i(x), z_scale_i(x)^2)      the guide       q(z | x) = prod_i q(z_i | x)
+    z_i | x, c  ~  Normal(z_loc_i(x, c), z_scale_i(x, c)^2)     q(z | x, c) = prod_i q(z_i | x, c)
 
-Both are trained to maximise the ELBO (Kingma & Welling, equation 3),
+Without a condition c is left out everywhere, and the prior is Normal(0, I). Both networks are
+trained together. They maximise the ELBO (Kingma & Welling, equation 3; Sohn et al., equation 4),
 
-    log p(x)  >=  E_q [ log p(x | z) ] - KL( q(z | x) || p(z) ),
+    log p(x | c)  >=  E_q [ log p(x | z, c) ] - KL( q(z | x, c) || p(z | c) ).
 
-reconstruction minus divergence. Networks are multilayer perceptrons, with convolutions between them
-and the image where ``channels`` are given, and the likelihood is any of ``models/likelihoods.py``.
+The first term is the reconstruction, the second the divergence. Networks are multilayer
+perceptrons. With ``channels``, convolutions stand between them and the image. The likelihood is any
+of ``models/likelihoods.py``, the condition any of ``models/conditions.py``.
 
-| on paper        | in code                      | what it is                                      |
-|-----------------|------------------------------|-------------------------------------------------|
-| x               | ``x``, (N, *x_shape)         | images, as the likelihood's ``prepare`` has them|
-| z               | ``z``, (N, num_latents)      | latent vectors                                  |
-| theta           | param ``decoder``            | the weights of the decoder                      |
-| phi             | param ``encoder``            | the weights of the encoder                      |
-| mu, sigma       | ``z_loc``, ``z_scale``       | the guide's mean and standard deviation         |
+We deviate from Sohn, Lee & Yan in one point: their prior network and decoder also see a baseline's
+guess of x. ``models/quadrants.py`` has that guess.
+
+| on paper        | in code                       | what it is                                     |
+|-----------------|-------------------------------|------------------------------------------------|
+| x (Sohn: y)     | ``x``, (N, *x_shape)          | images, as ``prepare`` makes them              |
+| c (Sohn: x)     | ``c``, (N, ...)               | conditions                                     |
+| z               | ``z``, (N, num_latents)       | latent vectors                                 |
+| theta           | params ``decoder``, ``prior`` | the weights of the decoder and prior network   |
+| phi             | param ``encoder``             | the weights of the encoder                     |
+| mu, sigma       | ``z_loc``, ``z_scale``        | mean and standard deviation of a Gaussian      |
 
     from models import guides, vae
+    from models.conditions import Labels
 
     model = vae.Model(num_latents=20, hidden=(500,))
+    model = vae.Model(Labels(10), num_latents=20, hidden=(500,))    # given a label
     guide = guides.mean_field(model)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,33 +49,50 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from flax import nnx
 from jaxtyping import Array, Float
 
+from models.conditions import Condition, check_given
 from models.likelihoods import Bernoulli, Gaussian, GaussianIdentity, Likelihood
-from models.networks import Activation, Decoder, check_images, check_sizes, network
+from models.networks import (
+    Activation,
+    Decoder,
+    Encoder,
+    PriorNetwork,
+    check_images,
+    check_shape,
+    check_sizes,
+    network,
+)
 
 # --- configuration, model -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Model:
-    """p(x, z). Call it with ``x=None`` to generate one image.
+    """The program p(x, z | c). Without ``x`` it generates one image, or one for each condition.
 
     Attributes:
-        x_shape: of an image: (height, width) or (height, width, channels).
+        condition: the kind of c, an object of ``models.conditions``. None for no condition.
+        prior_hidden: units of the hidden layers of the prior network. () for an affine map of the
+            condition's features, None for a standard normal prior.
+        x_shape: the shape of one image, (height, width) or (height, width, channels).
         num_latents: the dimensions of z.
         hidden: units of the decoder's hidden layers, from z to x.
-        channels: of the convolutions that stand between the image and the dense layers, from x to
-            z, each of which halves the image; () for none.
-        activation: after each hidden layer, a function of arrays.
-        likelihood: p(x | z), an object of ``models.likelihoods``.
-        dtype: in which the networks compute, "float32" or "bfloat16"; parameters and the
+        channels: channels of the convolutions between the image and the dense layers, from x to z.
+            Each halves the image. () for none.
+        activation: the function of arrays after each hidden layer.
+        likelihood: p(x | z, c), an object of ``models.likelihoods``.
+        dtype: the type that the networks compute in, "float32" or "bfloat16". Parameters and the
             likelihood are float32.
 
     Raises:
-        ValueError: a size that is not positive, or another dtype.
+        ValueError: a size is not positive, the convolutions cannot halve the image, another dtype,
+            or a learned prior without a condition.
     """
 
+    condition: Condition | None = None
+    prior_hidden: tuple[int, ...] | None = None
     x_shape: tuple[int, ...] = (28, 28)
     num_latents: int = 20
     hidden: tuple[int, ...] = (500,)
@@ -75,23 +102,119 @@ class Model:
     dtype: str = "float32"
 
     def __post_init__(self):
-        check_sizes(self)
+        check_sizes(
+            self.x_shape,
+            self.channels,
+            self.dtype,
+            num_latents=self.num_latents,
+            hidden=self.hidden,
+            prior_hidden=self.prior_hidden,
+        )
+        if self.prior_hidden is not None and self.condition is None:
+            raise ValueError(
+                f"prior_hidden: expected None without a condition, got {self.prior_hidden}; the "
+                f"learned prior is a function of c: give a condition, for example Labels(10)"
+            )
 
     def prepare(self, key: Array, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Grey images as the likelihood has them: what ``fit`` takes as ``preprocess``."""
+        """Makes x from grey images. ``fit`` takes this function as ``preprocess``.
+
+        Args:
+            key: a random key.
+            batch: ``x``, (N, *x_shape), grey images. Other arrays stay as they are.
+        """
         return dict(batch, x=self.likelihood.prepare(key, batch["x"]))
 
-    def __call__(self, x: Float[Array, "N ..."] | None = None) -> None:
-        """Samples z and x, and observes x if it is given."""
+    def check_data(self, x: Any = None, c: Any = None) -> None:
+        """Refuses images and conditions that the model is not made for.
+
+        Args:
+            x: grey images before ``prepare``, or the likelihood's x. None for none.
+            c: conditions, if the model has them.
+
+        Raises:
+            ValueError: another shape, type or range.
+        """
+        check_given(self.condition, c)
+        if self.condition is not None:
+            self.condition.check(c)
+        if x is not None:
+            check_shape(x, self.x_shape)
+            self.likelihood.check(x)
+
+    def encoder(
+        self, num_outputs: int, *, hidden: Sequence[int] | None = None, rngs: nnx.Rngs
+    ) -> Encoder:
+        """The network from x, and c if there is a condition, to the numbers of a guide.
+
+        Args:
+            num_outputs: how many numbers it gives for one datum.
+            hidden: units of the hidden layers, from x to z. Default: the decoder's, reversed.
+            rngs: Flax's random numbers.
+        """
+        return Encoder(
+            self.x_shape,
+            self.hidden[::-1] if hidden is None else hidden,
+            num_outputs,
+            low=self.likelihood.low,
+            high=self.likelihood.high,
+            channels=self.channels,
+            condition=self.condition,
+            activation=self.activation,
+            dtype=self.dtype,
+            rngs=rngs,
+        )
+
+    def _decoder(self, rngs: nnx.Rngs) -> Decoder:
+        return Decoder(
+            self.num_latents,
+            self.hidden,
+            self.x_shape,
+            num_outputs=self.likelihood.num_outputs,
+            channels=self.channels,
+            condition=self.condition,
+            activation=self.activation,
+            dtype=self.dtype,
+            rngs=rngs,
+        )
+
+    def _prior(self, c: Any) -> tuple[Any, Any]:
+        """``z_loc`` and ``z_scale``, (N, num_latents) each, or the numbers 0 and 1."""
+        condition, hidden = self.condition, self.prior_hidden
+        if condition is None or hidden is None:
+            return 0.0, 1.0
+
+        def build(rngs: nnx.Rngs) -> PriorNetwork:
+            settings: Any = {"activation": self.activation, "dtype": self.dtype}
+            return PriorNetwork(condition, hidden, self.num_latents, **settings, rngs=rngs)
+
+        return network("prior", build)(jnp.asarray(c))
+
+    def __call__(self, x: Float[Any, "N ..."] | None = None, c: Any = None) -> None:
+        """Samples z and x, given c if there is a condition, and observes x if it is given.
+
+        Args:
+            x: images (N, *x_shape) as ``prepare`` makes them. None to generate.
+            c: conditions (N, ...). None if the model has none.
+
+        Raises:
+            ValueError: arrays of another shape or type.
+        """
+        check_given(self.condition, c)
         check_images(x, self.x_shape)
-        decoder = network("decoder", lambda rngs: Decoder(self, rngs=rngs))
-        with numpyro.plate("data", 1 if x is None else len(x)):
-            z = numpyro.sample("z", dist.Normal(0, 1).expand([self.num_latents]).to_event(1))
-            x_given_z = self.likelihood(decoder(z)).to_event(len(self.x_shape))
+        decoder = network("decoder", self._decoder)
+        z_loc, z_scale = self._prior(c)
+        size = next((len(array) for array in (c, x) if array is not None), 1)
+        with numpyro.plate("data", size):
+            prior = dist.Normal(z_loc, z_scale).expand([size, self.num_latents]).to_event(1)
+            z = numpyro.sample("z", prior)
+            x_given_z = self.likelihood(decoder(z, c)).to_event(len(self.x_shape))
             numpyro.sample("x", x_given_z, obs=x)
 
 
 # --- the models of the papers and of other people's examples --------------------------------------
+#
+# For one with a condition: dataclasses.replace(PRESETS["hericks"], condition=Labels(10)).
 
 PRESETS = {
     # Flax's example: github.com/google/flax, examples/vae
@@ -100,7 +223,7 @@ PRESETS = {
     "numpyro": Model(num_latents=50, hidden=(400,), activation=jax.nn.softplus),
     # Burda, Grosse & Salakhutdinov 2016, section 5: one stochastic layer
     "burda": Model(num_latents=50, hidden=(200, 200), activation=jnp.tanh),
-    # hericks' JAX example: six latents, sigmoids
+    # hericks' JAX example, with and without labels: six latents, sigmoids
     "hericks": Model(num_latents=6, hidden=(128,), activation=jax.nn.sigmoid),
     # Kingma & Welling 2014, section 5: 500 units for MNIST, 200 for the Gaussian of Frey Face
     "kingma": Model(num_latents=20, hidden=(500,), activation=jnp.tanh),

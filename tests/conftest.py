@@ -42,6 +42,25 @@ def pytest_configure(config: pytest.Config) -> None:
         "XDG_CACHE_HOME": caches.name,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # leaves those processes room on a GPU
     }
+    _share_compiled_programs(f"{caches.name}/jax")
+    # Nothing locks an entry of the cache: one that is read half written is compiled anew.
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent comp")
+
+
+def _share_compiled_programs(directory: str) -> None:
+    """One cache for this session's processes: its workers, and what the tests start.
+
+    A worker finds the variables in its environment, where the first process has put them.
+    """
+    for name, value in {
+        "jax_compilation_cache_dir": directory,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_persistent_cache_enable_xla_caches": "none",
+    }.items():
+        if name.upper() not in os.environ:
+            os.environ[name.upper()] = str(value)
+            jax.config.update(name, value)
 
 
 @pytest.fixture

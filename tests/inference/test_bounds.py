@@ -5,6 +5,7 @@ The importance-weighted bound of two draws of a scalar z is an integral over the
 Gauss-Hermite quadrature takes; its gradient follows by differentiating the quadrature.
 """
 
+from contextlib import ExitStack
 from functools import partial
 
 import jax
@@ -121,7 +122,7 @@ def test_the_importance_weighted_bound_and_its_gradient_are_unbiased(case, objec
 
 
 def test_weights_over_a_whole_batch_would_be_another_bound():
-    """What the plate "data" is for: without it weights are those of all data together."""
+    """What the data plate is for: without it weights are those of all data together."""
 
     def joint_model(c, x):
         z = numpyro.sample("z", dist.Normal(NEAR["theta_1"] + c, 1.0).to_event(1))
@@ -188,14 +189,14 @@ X = RNG.normal(size=(5, 3)).astype(np.float32)
 
 def linear_model(x):
     weights, offset = (numpyro.param(n, LINEAR[n]) for n in ("weights", "offset"))
-    with numpyro.plate("data", len(x)):
+    with numpyro.plate("rows", len(x)):
         z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
         numpyro.sample("x", dist.Normal(z @ weights.T + offset, NOISE).to_event(1), obs=x)
 
 
 def linear_guide(x):
     slope, log_scale = (numpyro.param(n, LINEAR[n]) for n in ("slope", "log_scale"))
-    with numpyro.plate("data", len(x)):
+    with numpyro.plate("rows", len(x)):
         numpyro.sample("z", dist.Normal(x @ slope.T, jnp.exp(log_scale)).to_event(1))
 
 
@@ -245,14 +246,14 @@ def posterior():
 
 def gaussian_posterior(x):
     gain, scale_tril = (numpyro.param(n, value) for n, value in posterior().items())
-    with numpyro.plate("data", len(x)):
+    with numpyro.plate("rows", len(x)):
         loc = (x - LINEAR["offset"]) @ gain.T
         numpyro.sample("z", dist.MultivariateNormal(loc, scale_tril=scale_tril))
 
 
 def flow_posterior(x):
     gain, scale_tril = (numpyro.param(n, value) for n, value in posterior().items())
-    with numpyro.plate("data", len(x)):
+    with numpyro.plate("rows", len(x)):
         loc = (x - LINEAR["offset"]) @ gain.T
         flow = LowerCholeskyAffine(loc, scale_tril)
         noise = dist.Normal(0, 1).expand([len(x), 2]).to_event(1)
@@ -263,7 +264,7 @@ def in_two_steps(x):
     """The same posterior, second dimension given the first."""
     gain, scale_tril = (numpyro.param(n, value) for n, value in posterior().items())
     loc = (x - LINEAR["offset"]) @ gain.T
-    with numpyro.plate("data", len(x)):
+    with numpyro.plate("rows", len(x)):
         first = numpyro.sample("z_0", dist.Normal(loc[:, 0], scale_tril[0, 0]))
         second = loc[:, 1] + scale_tril[1, 0] * (first - loc[:, 0]) / scale_tril[0, 0]
         numpyro.sample("z_1", dist.Normal(second, scale_tril[1, 1]))
@@ -271,7 +272,7 @@ def in_two_steps(x):
 
 def model_in_two_steps(x):
     weights = numpyro.param("weights", LINEAR["weights"])
-    with numpyro.plate("data", len(x)):
+    with numpyro.plate("rows", len(x)):
         z = [numpyro.sample(f"z_{i}", dist.Normal(0, 1)) for i in range(2)]
         x_loc = jnp.stack(z, 1) @ weights.T + LINEAR["offset"]
         numpyro.sample("x", dist.Normal(x_loc, NOISE).to_event(1), obs=x)
@@ -304,7 +305,7 @@ def autoregressive_guide(x):
     init, apply = AutoregressiveNN(2, [4])
     weights = numpyro.param("flow", lambda key: init(key, (2,))[1])
     slope = numpyro.param("slope", LINEAR["slope"])
-    with numpyro.plate("data", len(x)):
+    with numpyro.plate("rows", len(x)):
         noise = dist.Normal(x @ slope.T, 0.7).to_event(1)
         flow = InverseAutoregressiveTransform(partial(apply, weights))
         numpyro.sample("z", dist.TransformedDistribution(noise, flow))
@@ -314,7 +315,7 @@ def noisy_guide(x):
     """Draws noise that is no site: log q must see the same again."""
     slope = numpyro.param("slope", LINEAR["slope"])
     noise = random.normal(numpyro.prng_key(), (len(x), 2))
-    with numpyro.plate("data", len(x)):
+    with numpyro.plate("rows", len(x)):
         numpyro.sample("z", dist.Normal(x @ slope.T + noise, 0.7).to_event(1))
 
 
@@ -343,13 +344,13 @@ def test_a_map_estimate_of_a_global_keeps_its_gradient():
 
     def model(x):
         offset = numpyro.sample("offset", dist.Normal(0, 1))
-        with numpyro.plate("data", len(x)):
+        with numpyro.plate("rows", len(x)):
             z = numpyro.sample("z", dist.Normal(offset, 1))
             numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     def guide(x):
         numpyro.sample("offset", dist.Delta(numpyro.param("at", 0.5)))
-        with numpyro.plate("data", len(x)):
+        with numpyro.plate("rows", len(x)):
             numpyro.sample("z", dist.Normal(x / 2, numpyro.param("scale", 0.7)))
 
     programs, params = (model, guide, {"x": X[:, 0]}), {"at": 0.5, "scale": 0.7}
@@ -376,13 +377,13 @@ def test_plain_svi_takes_it(objective):
 
 
 def bernoulli_guide(x):
-    with numpyro.plate("data", len(x)):
+    with numpyro.plate("rows", len(x)):
         numpyro.sample("z", dist.Bernoulli(0.5).expand([2]).to_event(1))
 
 
 def factor_guide(x):
     linear_guide(x)
-    with numpyro.plate("data", len(x)):
+    with numpyro.plate("rows", len(x)):
         numpyro.factor("penalty", jnp.zeros(len(x)))
 
 
@@ -402,29 +403,59 @@ def global_guide(x):
         (StickingTheLanding(), linear_model, bernoulli_guide, "guide site 'z': .* got Bernoulli"),
         (DoublyReparameterized(), linear_model, bernoulli_guide, "guide site 'z': .* got Bern"),
         (StickingTheLanding(), linear_model, factor_guide, "guide site 'penalty': .* got a factor"),
-        (DoublyReparameterized(), global_model, global_guide, "site 'shift': .* plate \"data\""),
+        (DoublyReparameterized(), global_model, global_guide, "site 'shift': .* a global site"),
     ],
 )
 def test_programs_without_such_a_gradient_are_refused(objective, model, guide, message):
     with pytest.raises(ValueError, match=message):
-        objective.loss(KEY, LINEAR, model, guide, x=X)
+        jax.eval_shape(lambda x: objective.loss(KEY, LINEAR, model, guide, x=x), X)
 
 
-def test_a_plate_that_draws_batches_is_refused():
+@pytest.mark.parametrize("subsample_size", [5, None])
+def test_a_plate_that_draws_batches_is_refused(subsample_size):
+    def draw(x):
+        with numpyro.plate("rows", 10, subsample_size=subsample_size or len(x)):
+            return numpyro.sample("z", dist.Normal(0, 1))
+
     def model(x):
-        with numpyro.plate("data", 10, subsample_size=5):
-            z = numpyro.sample("z", dist.Normal(0, 1))
+        z = draw(x)
+        with numpyro.plate("rows", 10, subsample_size=subsample_size or len(x)):
             numpyro.sample("x", dist.Normal(z, 1), obs=x[:, 0])
 
-    def guide(x):
-        with numpyro.plate("data", 10, subsample_size=5):
-            numpyro.sample("z", dist.Normal(0, 1))
+    with pytest.raises(ValueError, match=r"'rows': .* got a subsample of 5 out of 10"):
+        jax.eval_shape(lambda x: DoublyReparameterized().loss(KEY, {}, model, draw, x=x), X)
 
-    with pytest.raises(ValueError, match="got a subsample of 5 out of 10"):
-        DoublyReparameterized().loss(KEY, {}, model, guide, x=X)
+
+def test_every_datum_has_its_own_weights_whatever_the_plates():
+    """The data plate is the outer one of two of the same size. The other one is like an event."""
+    x = jnp.asarray(RNG.normal(size=(4, 4)), jnp.float32)
+
+    def plates(x, flat):
+        rows = numpyro.plate("rows", len(x), dim=-1 if flat else -2)
+        return [rows] if flat else [rows, numpyro.plate("columns", 4)]
+
+    def program(x, flat, guide):
+        fold = (lambda d: d.to_event(1)) if flat else (lambda d: d)
+        with ExitStack() as stack:
+            for plate in plates(x, flat):
+                stack.enter_context(plate)
+            loc = 0.5 * x if guide else jnp.zeros((len(x), 4))
+            z = numpyro.sample("z", fold(dist.Normal(loc, 0.8)))
+            if not guide:
+                numpyro.sample("x", fold(dist.Normal(z, 1.0)), obs=x)
+
+    def value_and_grad(flat):
+        objective = DoublyReparameterized(3)
+        programs = (partial(program, flat=flat, guide=guide) for guide in (False, True))
+        loss = lambda x: objective.loss(KEY, {}, *programs, x)  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(x)
+
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-5), value_and_grad(False), value_and_grad(True)
+    )
 
 
 @pytest.mark.parametrize("objective", [StickingTheLanding, DoublyReparameterized])
 def test_at_least_one_particle(objective):
-    with pytest.raises(ValueError, match="num_particles: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_particles: expected a whole number from 1, got 0"):
         objective(0)

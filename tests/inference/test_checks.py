@@ -20,7 +20,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.contrib.module import nnx_module
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from inference.checks import ProgramError, check_data, check_programs
+from inference._checks import ProgramError, Programs, look
 
 SIZE, WIDTH = 8, 3
 BATCH = {
@@ -30,8 +30,10 @@ BATCH = {
 Program = Callable[..., Any]
 
 
-def check(model: Program, guide: Program, batch: dict[str, Any] = BATCH, **kwargs: Any) -> None:
-    check_programs(model, guide, batch, key=jax.random.key(0), **kwargs)
+def check(
+    model: Program, guide: Program, batch: dict[str, Any] = BATCH, whole: bool = False, **kwargs: Any
+) -> Programs:
+    return look(model, guide, batch, key=jax.random.key(0), whole=whole, **kwargs)
 
 
 def message(error: pytest.ExceptionInfo[Exception]) -> str:
@@ -506,103 +508,3 @@ def test_batch_whose_arrays_differ_in_length() -> None:
     with pytest.raises(ValueError, match=r"batch: expected .*'c': 9, 'x': 8") as error:
         check(model, guide, batch)
     assert message(error)
-
-
-# --- data -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
-def test_correct_data(make: Callable[..., Any]) -> None:
-    images = make(np.zeros((10, 4, 4), np.uint8))
-    labels = make(np.arange(10, dtype=np.int32))
-    weights = make(np.ones(10, np.float32))
-    data = {
-        "c": labels,
-        "x": images,
-        "w": weights,
-        "b": labels > 3,
-        "h": weights.astype("bfloat16"),
-    }
-    data["e"] = make(np.zeros((10, 0), np.float32))
-    assert check_data(data, None) == 10
-    assert check_data(data, 1) == 10
-    assert check_data(data, np.int64(10)) == 10
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "expected"),
-    [
-        ([1.0, 2.0], TypeError, "data['x']: expected a NumPy or JAX array"),
-        (None, TypeError, "data['x']: expected a NumPy or JAX array"),
-        (np.array(["a", "b"]), TypeError, "data['x']: expected an array of numbers, got dtype <U1"),
-        (np.array([None, 1]), TypeError, "data['x']: expected an array of numbers"),
-        (np.array(["2020"], "datetime64[Y]"), TypeError, "data['x']: expected an array of numbers"),
-        (np.array(1.0), ValueError, "data['x']: expected a leading axis"),
-        (np.float32(1.0), ValueError, "data['x']: expected a leading axis"),
-        (jnp.array(1.0), ValueError, "data['x']: expected a leading axis"),
-        (np.zeros((0, 3)), ValueError, "data: expected at least one datum"),
-    ],
-)
-def test_value_that_is_no_array_of_data(value: Any, error: type[Exception], expected: str) -> None:
-    with pytest.raises(error) as raised:
-        check_data({"x": value}, None)
-    assert message(raised).startswith(expected)
-
-
-def test_no_mapping_and_empty_mapping() -> None:
-    with pytest.raises(TypeError, match="data"):  # by us, or by the run-time check of annotations
-        check_data(np.zeros(3), None)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="validation: expected at least one array") as error:
-        check_data({}, None, name="validation")
-    assert message(error)
-
-
-def test_arrays_that_differ_in_length() -> None:
-    data = {"c": np.zeros(10), "x": np.zeros((12, 3)), "y": jnp.zeros(10)}
-    with pytest.raises(ValueError, match=r"data: .*'c': 10, 'x': 12, 'y': 10") as error:
-        check_data(data, None)
-    assert message(error)
-
-
-@pytest.mark.parametrize("make", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
-def test_entries_that_are_not_finite(make: Callable[..., Any], dtype: str) -> None:
-    array = np.zeros((10, 3), jnp.dtype(dtype))
-    array[4, 2], array[7, 0], array[9, 1] = np.nan, np.inf, -np.inf
-    with pytest.raises(ValueError, match=r"data\['x'\].* got 3 .* of 30 .*\(4, 2\)") as error:
-        check_data({"c": np.zeros(10), "x": make(array)}, None)
-    assert message(error)
-
-
-@pytest.mark.parametrize("make", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
-@pytest.mark.parametrize("entry", [np.nan, np.inf, -np.inf])
-def test_a_single_entry_that_is_not_finite(make: Callable[..., Any], entry: float) -> None:
-    with pytest.raises(ValueError, match=r"got 1 NaN or infinite of 3 entries, .*\(2,\)"):
-        check_data({"x": make(np.array([1.0, -2.0, entry], np.float32))}, None)
-
-
-def test_first_non_finite_entry_is_found_across_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inference.checks._SLAB", 4)
-    array = np.zeros((11, 2))
-    array[5, 1] = array[10, 0] = np.nan
-    with pytest.raises(ValueError, match=r"got 2 .* of 22 entries, the first at index \(5, 1\)"):
-        check_data({"x": array}, None)
-    with pytest.raises(ValueError, match=r"got 1 .* of 11 entries, the first at index \(5,\)"):
-        check_data({"x": array[:, 1]}, None)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "error", "expected"),
-    [
-        (0, ValueError, "batch_size: expected 1 to 10, the number of data, got 0"),
-        (-1, ValueError, "batch_size: expected 1 to 10, the number of data, got -1"),
-        (11, ValueError, "batch_size: expected 1 to 10, the number of data, got 11"),
-        (2.0, TypeError, "batch_size: expected an integer or None, got 2.0 (float)"),
-        (True, TypeError, "batch_size: expected an integer or None, got True (bool)"),
-        ("4", TypeError, "batch_size: expected an integer or None, got '4' (str)"),
-    ],
-)
-def test_batch_size(batch_size: Any, error: type[Exception], expected: str) -> None:
-    with pytest.raises(error) as raised:
-        check_data({"x": np.zeros(10)}, batch_size)
-    assert message(raised).startswith(expected)

@@ -1,40 +1,57 @@
 """Runs set side by side, against arithmetic done by hand."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import matplotlib.colors
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
+import scipy.stats
+import xarray
 
-from inference import comparison, to_datatree
+from inference import comparison
+from inference._data import Prepared
+from inference.datatree import to_datatree
+from inference.evaluation import ElboTerms, Estimate
+from inference.fit import Fit
 
 DATA = {"x": "float32[400, 3] sha256:0123"}
 NUM_DATA = 400
 
 
-def make_tree(
-    *,
-    seed=0,
-    num_seeds=3,
-    num_steps=50,
-    seconds=10.0,
-    worse=0.0,
-    data=DATA,
-    settings=None,
-    pareto_k=None,
-    lacks=(),
-):
-    """A run's tree; its pointwise numbers are a common part, noise of its own and ``-worse``."""
+def model(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("x", dist.Normal(z[:, None], 1).expand(x.shape).to_event(1), obs=x)
+
+
+def guide(x):
+    w = numpyro.param("w", jnp.zeros(()))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("z", dist.Normal(w * x.sum(1), 0.5))
+
+
+def make_fit(*, seed=0, num_seeds=3, num_steps=50, seconds=10.0):
     rng = np.random.default_rng(seed)
-    common = np.random.default_rng(99).normal(-80, 10, NUM_DATA)
-    likelihood = common - worse + rng.normal(0, 0.5, (num_seeds, NUM_DATA))
-    fit = SimpleNamespace(
+    return Fit(
+        model=model,
+        guide=guide,
+        preprocess=None,
         params={"w": np.zeros(num_seeds)},
+        mutable={},
         elbo=rng.normal(-80, 1, (num_seeds, num_steps)).astype(np.float32),
         validation_elbo=rng.normal(-80, 1, (num_seeds, 2)).astype(np.float32),
+        state=None,
         config={
             "seed": 0,
+            "num_seeds": num_seeds,
+            "num_epochs": None,
+            "model": "models.own.Model(z=2)",
             "guide": "MeanField(model=Model(z=2))",
             "objective": "models.own.<locals>.bound",
         },
@@ -44,28 +61,38 @@ def make_tree(
             "num_steps": [num_steps] * num_seeds,
             "validation_steps": [num_steps // 2, num_steps],
         },
+        batch={"x": jax.ShapeDtypeStruct((NUM_DATA, 3), np.dtype("float32"))},
     )
-    evaluation = {"elbo": likelihood - 1.0}
+
+
+def make_numbers(*, seed=0, num_seeds=3, worse=0.0, data=DATA, pareto_k=None):
+    """Pointwise numbers are a common part, noise of each seed's own, and ``-worse``."""
+    rng = np.random.default_rng(seed)
+    common = np.random.default_rng(99).normal(-80, 10, NUM_DATA)
+    values = common - worse + rng.normal(0, 0.5, (num_seeds, NUM_DATA))
     if pareto_k is not None:
-        evaluation["pareto_k"] = np.broadcast_to(pareto_k, (num_seeds, NUM_DATA))
-    tree = to_datatree(
-        fit,
-        log_likelihood=None if "log_likelihood" in lacks else {"x": likelihood[:, None]},
-        evaluation=None if "evaluation" in lacks else evaluation,
-        dims={"x": ["datum"]},
-    )
-    tree.attrs |= {
-        "experiment": "own",
-        "dataset": "digits",
-        "data": json.dumps(data),
-        "settings": json.dumps(settings or {}),
-        "num_samples": 1000,
-    }
+        pareto_k = np.broadcast_to(np.asarray(pareto_k, float), values.shape).copy()
+    elbo = Estimate("elbo", values - 1.0, 1, data)
+    others = [dataclasses.replace(elbo, name=name) for name in ("reconstruction", "kl")]
+    terms = ElboTerms(elbo, *others, kl_per_dim={}, z_loc={})
+    return terms, Estimate("log_likelihood", values, 1000, data, pareto_k=pareto_k)
+
+
+def make_tree(
+    *, seed=0, num_seeds=3, settings=None, lacks=(), num_steps=50, seconds=10.0, **numbers
+):
+    """A run's tree. With ``settings`` a script has added its attributes."""
+    fit = make_fit(seed=seed, num_seeds=num_seeds, num_steps=num_steps, seconds=seconds)
+    terms, likelihood = make_numbers(seed=seed, num_seeds=num_seeds, **numbers)
+    judged = {"elbo": terms, "log_likelihood": likelihood}
+    tree = to_datatree(fit, *(j for name, j in judged.items() if name not in lacks))
+    if settings is not None:
+        tree.attrs |= {"experiment": "own", "settings": json.dumps(settings)}
     return tree
 
 
 def pointwise(tree):
-    return tree.log_likelihood.x.values.mean((0, 1))
+    return tree["evaluation"].log_likelihood.values.mean(0)
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -100,23 +127,33 @@ def test_without_a_log_likelihood_the_elbos_are_compared():
         "b": make_tree(seed=2),
     }
     table = comparison.compare(trees)
-    differences = trees["a"].evaluation.elbo.values.mean(0) - pointwise(trees["b"]) + 1
+    differences = trees["a"]["evaluation"].elbo.values.mean(0) - pointwise(trees["b"]) + 1
     assert table.difference["a"] == pytest.approx(differences.mean())
     assert np.isnan(table.log_likelihood["a"])
     assert table.log_likelihood["b"] == pytest.approx(pointwise(trees["b"]).mean())
 
 
-def test_what_a_run_lacks_is_missing_and_nothing_else():
-    trees = {"a": make_tree(lacks=["log_likelihood", "evaluation"]), "b": make_tree(seed=2)}
+def test_without_an_elbo_the_log_likelihoods_are_compared():
+    trees = {"a": make_tree(seed=1, worse=0.4, lacks=["elbo"]), "b": make_tree(seed=2)}
     table = comparison.compare(trees)
-    assert table.loc["a", ["elbo", "log_likelihood", "difference"]].isna().all()
-    assert table.loc["b", ["elbo", "log_likelihood"]].notna().all()
-    assert table.seconds.tolist() == [10.0, 10.0]
+    assert np.isnan(table.elbo["a"])
+    differences = pointwise(trees["a"]) - pointwise(trees["b"])
+    assert table.difference["a"] == pytest.approx(differences.mean())
+
+
+def test_a_run_without_numbers_is_refused():
+    trees = {"a": make_tree(), "b": make_tree(lacks=["elbo", "log_likelihood"])}
+    message = (
+        r"^runs: expected an ELBO or a log-likelihood .* got neither in b; pass what elbo_terms "
+        r"or log_likelihood returns: to_datatree\(fit, elbo_terms\(fit, data\)\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        comparison.compare(trees)
 
 
 def test_a_log_likelihood_that_is_not_finite_has_no_difference():
     broken = make_tree(seed=1)
-    broken.log_likelihood.x.values[0, 0, 5] = -np.inf
+    broken["evaluation"].log_likelihood.values[0, 5] = -np.inf
     table = comparison.compare({"a": broken, "b": make_tree(seed=2)})
     assert table.log_likelihood["a"] == -np.inf
     assert np.isnan(table.difference["a"])
@@ -159,30 +196,166 @@ def test_runs_on_other_data_are_refused(other, message):
         comparison.compare({"a": make_tree(), "b": make_tree(data=other)})
 
 
-def test_runs_on_another_data_set_are_refused():
-    other = make_tree()
-    other.attrs["dataset"] = "mnist"
-    with pytest.raises(ValueError, match="a and b: data set is digits, and mnist; compare runs on"):
-        comparison.compare({"a": make_tree(), "b": other})
-
-
 def test_a_condition_more_is_no_other_data():
     comparison.check_same_data(
         {"a": make_tree(), "b": make_tree(data=DATA | {"c": "int32[400] sha256:77"})}
     )
 
 
-@pytest.mark.parametrize("attribute", ["data", "dataset"])
-def test_a_run_that_does_not_say_what_its_data_were_is_refused(attribute):
+def test_every_pair_of_runs_knows_the_same_arrays():
+    trees = {
+        "without c": make_tree(),
+        "c": make_tree(data=DATA | {"c": "int32[400] sha256:77"}),
+        "other c": make_tree(data=DATA | {"c": "int32[400] sha256:88"}),
+    }
+    with pytest.raises(ValueError, match=r"others in c and other c: array c is .*77, and .*88;"):
+        comparison.compare(trees)
+
+
+def test_a_run_that_does_not_say_what_its_data_were_is_refused():
     old = make_tree()
-    del old.attrs[attribute]
-    with pytest.raises(ValueError, match=f"'{attribute}' in every run's trace.nc, and b has none"):
+    del old["evaluation"].attrs["data"]
+    with pytest.raises(ValueError, match=r"hashes of the judged data .* got none in b; make its"):
         comparison.compare({"a": make_tree(), "b": old})
 
 
 def test_one_run_is_no_comparison():
     with pytest.raises(ValueError, match="runs: expected at least two, got 1"):
         comparison.compare({"a": make_tree()})
+
+
+# --- fits, trees and what has a tree --------------------------------------------------------------
+
+
+@pytest.fixture
+def judges(monkeypatch):
+    """Judges that know two fits, and write down the data that they were given."""
+    fits = {"a": make_fit(seed=1), "b": make_fit(seed=2)}
+    numbers = [(fits["a"], make_numbers(seed=1, worse=0.4)), (fits["b"], make_numbers(seed=2))]
+    seen = []
+
+    def judge(part):
+        def judged(fit, data):
+            seen.append(data)
+            return next(n[part] for known, n in numbers if known is fit)
+
+        return judged
+
+    monkeypatch.setattr(comparison, "elbo_terms", judge(0))
+    monkeypatch.setattr(comparison, "log_likelihood", judge(1))
+    return SimpleNamespace(fits=fits, seen=seen)
+
+
+def test_fits_are_judged_on_the_data(judges):
+    data = {"x": np.zeros((NUM_DATA, 3))}
+    table = comparison.compare(judges.fits, data)
+    assert len(judges.seen) == 4
+    assert all(seen["x"] is data["x"] for seen in judges.seen)
+    trees = {"a": make_tree(seed=1, worse=0.4), "b": make_tree(seed=2)}
+    assert table.equals(comparison.compare(trees))
+    assert table.loc["a", ["model", "guide", "objective"]].tolist() == ["Model", "MeanField", "own"]
+
+
+def test_fits_trees_and_loaded_runs_mix(judges):
+    runs = {
+        "fit": judges.fits["a"],
+        "tree": make_tree(seed=2),
+        "run": SimpleNamespace(tree=make_tree(seed=3), fit=judges.fits["b"]),
+    }
+    table = comparison.compare(runs, {"x": np.zeros((NUM_DATA, 3))})
+    assert sorted(table.index) == ["fit", "run", "tree"]
+    assert len(judges.seen) == 2
+    likelihood = make_numbers(seed=1, worse=0.4)[1].pointwise
+    assert table.log_likelihood["fit"] == pytest.approx(likelihood.mean())
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_fit_takes_the_arrays_that_it_knows(judges, prepared):
+    data = {"x": np.zeros((NUM_DATA, 3)), "c": np.zeros(NUM_DATA)}
+    comparison.compare(judges.fits, Prepared(data, {"a": "b"}) if prepared else data)
+    for seen in judges.seen:
+        assert seen.keys() == {"x"}
+        assert isinstance(seen, Prepared) == prepared
+        assert not prepared or seen.source == {"a": "b"}
+
+
+def test_known_parameters_are_judged_as_the_formula_says():
+    x = np.random.default_rng(3).normal(0, 1.5, (50, 3)).astype(np.float32)
+    params = {"exact": {"w": np.float32(0.25)}, "off": {"w": np.float32(0.5)}}
+    fits = {n: Fit.from_params(model, guide, p, example={"x": x}) for n, p in params.items()}
+    table = comparison.compare(fits, {"x": x})
+    log_p = scipy.stats.multivariate_normal(np.zeros(3), np.eye(3) + 1).logpdf(x)
+    assert table.log_likelihood["exact"] == pytest.approx(log_p.mean(), abs=1e-5)
+    assert table.pareto_k_share["exact"] == 0
+    for name in fits:
+        loc = params[name]["w"] * x.sum(1)
+        gap = (loc - x.sum(1) / 4) ** 2 / (2 * 0.25)  # KL to the posterior N(sum x / 4, 1 / 4)
+        # The reconstruction is quadratic in one draw z = loc + e / 2 per datum.
+        variance = (x.sum(1) - 3 * loc) ** 2 / 4 + 2 * (3 / 8) ** 2
+        error = float(np.sqrt(variance.sum()) / len(x))
+        assert table.elbo[name] == pytest.approx((log_p - gap).mean(), abs=4 * error)
+
+
+def test_a_site_that_is_summed_over():
+    """A mixture of two: the ELBO and the log-likelihood are exact."""
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            k = numpyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            numpyro.sample("x", dist.Normal(2.0 * k, 1), obs=x)
+
+    def guide(x):
+        pass
+
+    x = np.random.default_rng(3).normal(1, 1.4, 20).astype(np.float32)
+    fits = {n: Fit.from_params(model, guide, {}, example={"x": x}) for n in "ab"}
+    table = comparison.compare(fits, {"x": x})
+    densities = scipy.stats.norm.pdf(x[:, None], [0, 2], 1).mean(1)
+    assert table.elbo["a"] == pytest.approx(np.log(densities).mean(), abs=1e-5)
+    assert table.log_likelihood["a"] == pytest.approx(np.log(densities).mean(), abs=1e-5)
+
+
+def test_fits_are_refused_without_data(judges):
+    message = "^data: expected arrays to judge the fits a, b on, got None; give the held-out data$"
+    with pytest.raises(ValueError, match=message):
+        comparison.compare(judges.fits)
+
+
+def test_data_are_refused_without_fits():
+    trees = {"a": make_tree(), "b": make_tree()}
+    with pytest.raises(ValueError, match=r"^data: expected None for runs that are judged already"):
+        comparison.compare(trees, {"x": np.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([make_fit(), make_fit()], "runs: expected a mapping from name to run, got list; give"),
+        ({"a": make_tree(), "b": 1.0}, "a Fit, a DataTree or .* as 'b', got float; give what fit"),
+    ],
+)
+def test_what_is_no_run_is_refused(runs, message):
+    with pytest.raises(TypeError, match=message):
+        comparison.compare(runs)
+
+
+def test_a_fit_that_was_not_trained_has_no_seconds(monkeypatch):
+    fit = make_fit(num_seeds=1, num_steps=0)
+    fit.config["objective"] = None
+    del fit.info["seconds"]
+    truth = dataclasses.replace(fit, validation_elbo=None)
+    numbers = make_numbers(num_seeds=1)
+    monkeypatch.setattr(comparison, "elbo_terms", lambda fit, data: numbers[0])
+    monkeypatch.setattr(comparison, "log_likelihood", lambda fit, data: numbers[1])
+    runs = {"truth": truth, "tree": make_tree()}
+    table = comparison.compare(runs, {"x": np.zeros((NUM_DATA, 3))})
+    assert np.isnan(table.seconds["truth"])
+    assert table.objective["truth"] == ""
+    with pytest.raises(ValueError, match=r"expected a training trace .* got none in truth; leave"):
+        comparison.plot_elbo(runs)
+
+
+# --- settings -------------------------------------------------------------------------------------
 
 
 def test_settings_that_differ():
@@ -196,12 +369,26 @@ def test_settings_that_differ():
     assert comparison.differing_settings({"a": trees["a"], "c": trees["c"]}) == {}
 
 
+def test_settings_without_a_script_are_those_of_fit(tmp_path):
+    a, b = make_fit(), make_fit(num_seeds=1)
+    b.config.update(num_epochs=[3], average=0.5)
+    tree = to_datatree(b)
+    tree.to_netcdf(tmp_path / "trace.nc", engine="h5netcdf")
+    with xarray.open_datatree(tmp_path / "trace.nc", engine="h5netcdf") as opened:
+        tree = opened.load()
+    assert comparison.differing_settings({"a": a, "b": tree}) == {
+        "num_seeds": {"a": 3, "b": 1},
+        "num_epochs": {"a": None, "b": [3]},
+        "average": {"b": 0.5},
+    }
+
+
 def test_names_are_the_settings_or_else_the_classes():
     named = {"preset": "burda", "guide": "full-covariance", "objective": "Trace_ELBO"}
     table = comparison.compare({"a": make_tree(settings=named), "b": make_tree(seed=1)})
     columns = ["model", "guide", "objective"]
     assert table.loc["a", columns].tolist() == ["own burda", "full-covariance", "Trace_ELBO"]
-    assert table.loc["b", columns].tolist() == ["own", "MeanField", "own"]
+    assert table.loc["b", columns].tolist() == ["Model", "MeanField", "own"]
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -214,8 +401,8 @@ def axes_of(plot):
 def test_the_traces_have_labels_units_and_a_legend():
     plot = comparison.plot_elbo({"first": make_tree(), "second": make_tree(seed=1, num_seeds=1)})
     steps, seconds = axes_of(plot)
-    assert steps.get_xlabel() == "step"
-    assert seconds.get_xlabel() == "training time, s, compilation apart"
+    assert steps.get_xlabel() == "training (steps)"
+    assert seconds.get_xlabel() == "training without compilation (seconds)"
     assert steps.get_ylabel() == "ELBO (nats per datum)"
     runs, kinds = plot.viz["figure"].item().legends
     assert [text.get_text() for text in runs.get_texts()] == ["first", "second"]
@@ -224,6 +411,11 @@ def test_the_traces_have_labels_units_and_a_legend():
         "training (mean of each of up to 100 windows)",
         "held out",
     ]
+
+
+def test_fits_have_traces_too():
+    steps, _ = axes_of(comparison.plot_elbo({"fit": make_fit(), "tree": make_tree(seed=1)}))
+    np.testing.assert_allclose(steps.lines[0].get_ydata()[:50], make_fit().elbo.mean(0), rtol=1e-6)
 
 
 def test_a_line_is_the_mean_over_seeds_and_its_band_goes_from_the_least_to_the_greatest():

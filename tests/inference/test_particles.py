@@ -10,6 +10,7 @@ from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from scipy import stats
 
 from inference.particles import antithetic, stratified_normal
+from inference.sites import trace_of
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (5, 3)])
@@ -37,23 +38,67 @@ def test_entries_of_a_row_are_independent():
         assert abs(r) < 4 / len(keys) ** 0.5
 
 
+def test_64_bits_change_no_number():
+    key = jax.random.key(2)
+    noise = stratified_normal(key, (5, 3))
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(stratified_normal(key, (5, 3)), noise)
+
+
+def test_the_data_are_stratified_and_nothing_else():
+    """Values that one datum's terms share must be independent, or the ELBO would be biased."""
+    x = jnp.zeros(50)
+
+    def program(x):
+        numpyro.sample("global", dist.Normal(0, 1).expand([3]).to_event(1))
+        with numpyro.plate("features", 3):
+            numpyro.sample("weights", dist.Normal(0, 1))
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", dist.Normal(0, 1), obs=x)
+            with numpyro.plate("columns", 2):
+                numpyro.sample("local", dist.Normal(1.0, 2.0))
+
+    def draw(key):
+        sites = trace_of(program, key, {}, x)
+        return {name: sites[name]["value"] for name in ("global", "weights", "local")}
+
+    keys = jax.random.split(jax.random.key(0), 4_000)
+    draws = jax.jit(jax.vmap(lambda key: antithetic(draw, jnp.stack([key, key]))))(keys)
+    noise = {n: np.asarray(v) for n, v in draws.items()}
+    noise["local"] = (noise["local"] - 1) / 2
+    for name, e in noise.items():
+        np.testing.assert_allclose(e[:, 0], -e[:, 1], atol=1e-6, err_msg=name)
+    strata = np.floor(50 * (2 * stats.norm.cdf(np.abs(noise["local"][0, 0])) - 1)).astype(int)
+    np.testing.assert_array_equal(np.sort(strata, 1), [np.arange(50)] * 2)
+    for name in ("global", "weights"):
+        correlation = np.corrcoef(np.abs(noise[name][:, 0]).T)
+        assert np.abs(correlation - np.eye(3)).max() < 4.5 / len(keys) ** 0.5, name
+
+
+class UsersTrace(Trace_ELBO):
+    """A user's, in other units."""
+
+    def loss(self, *args, **kwargs):
+        return 3.0 * super().loss(*args, **kwargs)
+
+
 def programs(num_dims):
     def model(x):
         loc = numpyro.param("loc", 0.5)
-        with numpyro.plate("data", len(x)):
+        with numpyro.plate("rows", len(x)):
             z = numpyro.sample("z", dist.Normal(loc, 1.0).expand([num_dims]).to_event(1))
             numpyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
 
     def guide(x):
         weight, scale = numpyro.param("weight", 0.2), numpyro.param("scale", 0.8)
-        with numpyro.plate("data", len(x)):
+        with numpyro.plate("rows", len(x)):
             loc = jnp.broadcast_to(weight * x[:, None], (len(x), num_dims))
             numpyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
     return model, guide
 
 
-@pytest.mark.parametrize("objective", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize("objective", [UsersTrace, TraceMeanField_ELBO])
 @pytest.mark.parametrize("num_dims", [1, 3])
 def test_unbiased_with_less_noise(objective, num_dims):
     x = jnp.linspace(-2, 2, 64)
@@ -82,14 +127,14 @@ def test_unbiased_with_less_noise(objective, num_dims):
 
 def test_other_numbers_and_families_are_refused():
     def gamma(x):
-        with numpyro.plate("data", len(x)):
+        with numpyro.plate("rows", len(x)):
             numpyro.sample("z", dist.Gamma(2.0, 1.0))
 
     key, x = jax.random.key(0), jnp.ones(4)
     model, guide = programs(1)
     three = Trace_ELBO(num_particles=3, vectorize_particles=antithetic)
     with pytest.raises(ValueError, match=r"num_particles: expected 2 .*, got 3"):
-        three.loss(key, {}, model, guide, x)
+        jax.eval_shape(lambda x: three.loss(key, {}, model, guide, x), x)
     two = Trace_ELBO(num_particles=2, vectorize_particles=antithetic)
     with pytest.raises(TypeError, match=r"site 'z': expected a Normal .*, got Gamma"):
-        two.loss(key, {}, gamma, gamma, x)
+        jax.eval_shape(lambda x: two.loss(key, {}, gamma, gamma, x), x)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.conditions import Labels, Values
+from models.conditions import Labels, Values, check_given
 
 
 def features(condition, c):
@@ -80,8 +80,9 @@ def test_labels_refuse(c, message):
 
 @pytest.mark.parametrize("c", [jnp.zeros(2), jnp.zeros((2, 1), int)])
 def test_labels_refuse_types_and_shapes_when_traced_too(c):
-    with pytest.raises(ValueError, match="expected one integer label per datum, got"):
-        jax.jit(Labels(3).check)(c)
+    for look in (Labels(3).check, lambda c: features(Labels(3), c)):
+        with pytest.raises(ValueError, match="expected one integer label per datum, got"):
+            jax.eval_shape(look, c)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (4, 2, 3)])
@@ -106,8 +107,18 @@ def test_values_of_any_shape_are_flattened(shape, dtype, rng):
     ],
 )
 def test_values_refuse(shape, c, message):
-    with pytest.raises(ValueError, match=rf"^c: expected {message}"):
-        Values(shape).check(c)
+    for look in (Values(shape).check, lambda c: features(Values(shape), c)):
+        with pytest.raises(ValueError, match=rf"^c: expected {message}"):
+            look(c)
+
+
+def test_a_condition_is_given_if_and_only_if_there_is_one():
+    check_given(None, None)
+    check_given(Labels(3), np.zeros(2))  # and its values are not looked at
+    with pytest.raises(ValueError, match=r"c: expected conditions, got none; .* Labels\(num_cl"):
+        check_given(Labels(3), None)
+    with pytest.raises(ValueError, match="c: expected none, got some; leave c out of the data"):
+        check_given(None, np.zeros(2))
 
 
 @pytest.mark.parametrize(

@@ -7,30 +7,40 @@ import pytest
 from flax import nnx
 from numpyro.infer import Trace_ELBO
 
-from models import cvae, guides, vae
+from models import guides, vae
 from models.conditions import Labels
-from models.likelihoods import LIKELIHOODS, Gaussian
+from models.likelihoods import LIKELIHOODS
 from models.networks import Decoder, Encoder, Grow, Shrink, convolve
 
-SMALL = {"num_latents": 3, "hidden": (5,), "channels": (4, 6)}
 KEY = jax.random.key(0)
+SIZES = {"channels": (4, 6)}
 
 
-@pytest.mark.parametrize("x_shape", [(8, 12), (4, 8, 3)])
-@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
-@pytest.mark.parametrize("labels", [None, Labels(3)])
-def test_gradients_reach_every_weight(x_shape, likelihood, labels):
-    settings = {**SMALL, "x_shape": x_shape, "likelihood": LIKELIHOODS[likelihood]}
-    model = vae.Model(**settings) if labels is None else cvae.Model(labels, **settings)
+@pytest.mark.parametrize(
+    ("x_shape", "likelihood", "condition"),
+    [((8, 12), "bernoulli", None), ((4, 8, 3), "gaussian", Labels(3))],
+)
+def test_gradients_reach_every_weight(x_shape, likelihood, condition):
+    model = vae.Model(
+        condition,
+        x_shape=x_shape,
+        likelihood=LIKELIHOODS[likelihood],
+        num_latents=3,
+        hidden=(5,),
+        **SIZES,
+    )
     guide = guides.mean_field(model)
     images = np.random.default_rng(0).integers(0, 256, (6, *x_shape), dtype=np.uint8)
     data = model.prepare(KEY, {"x": images})
-    if labels is not None:
+    common = {"condition": condition, **SIZES}
+    if condition is not None:
         data["c"] = jnp.arange(6) % 3
+    num_outputs = model.likelihood.num_outputs
     params = {
-        "encoder": nnx.to_pure_dict(nnx.state(Encoder(model, guide.hidden, 6, rngs=nnx.Rngs(0)))),
-        "decoder": nnx.to_pure_dict(nnx.state(Decoder(model, rngs=nnx.Rngs(1)))),
+        "encoder": Encoder(x_shape, (5,), 6, **common, rngs=nnx.Rngs(0)),
+        "decoder": Decoder(3, (5,), x_shape, num_outputs=num_outputs, **common, rngs=nnx.Rngs(1)),
     }
+    params = {name: nnx.to_pure_dict(nnx.state(module)) for name, module in params.items()}
     loss, gradient = jax.jit(
         jax.value_and_grad(lambda p: Trace_ELBO().loss(KEY, p, model, guide, **data))
     )(params)
@@ -41,21 +51,28 @@ def test_gradients_reach_every_weight(x_shape, likelihood, labels):
 
 
 def test_an_image_is_encoded_alone():
-    model = vae.Model(x_shape=(8, 8, 3), likelihood=Gaussian(), **SMALL)
-    encoder = Encoder(model, (5,), 6, rngs=nnx.Rngs(0))
+    encoder = Encoder((8, 8, 3), (5,), 6, **SIZES, rngs=nnx.Rngs(0))
     x = jax.random.uniform(KEY, (4, 8, 8, 3))
     together = encoder(x)
     for i in range(4):
         np.testing.assert_allclose(encoder(x[i : i + 1])[0], together[i], rtol=1e-4, atol=1e-5)
 
 
+def test_the_interval_of_x_is_seen_as_zero_to_one():
+    x = jax.random.uniform(KEY, (4, 8, 8))
+    unit, wide = (
+        Encoder((8, 8), (5,), 6, low=low, **SIZES, rngs=nnx.Rngs(0)) for low in (0.0, -1.0)
+    )
+    np.testing.assert_allclose(wide(2 * x - 1), unit(x), rtol=1e-4, atol=1e-5)
+
+
 def test_shapes_shrink_and_grow():
-    model = vae.Model(x_shape=(8, 16, 3), likelihood=Gaussian(), **SMALL)
-    h = Shrink(model, rngs=nnx.Rngs(0))(jnp.zeros((2, 8, 16, 3)))
+    h = Shrink((8, 16, 3), (4, 6), jax.nn.relu, "float32", rngs=nnx.Rngs(0))(
+        jnp.zeros((2, 8, 16, 3))
+    )
     assert h.shape == (2, 2, 4, 6)
-    grown = Grow(model, rngs=nnx.Rngs(0))(h.reshape(2, -1))
-    assert grown.shape == (2, 2, 8, 16, 3)
-    assert Decoder(model, rngs=nnx.Rngs(0))(jnp.zeros((2, 3))).shape == (2, 2, 8, 16, 3)
+    grow = Grow((8, 16, 3), (4, 6), 2, jax.nn.relu, "float32", rngs=nnx.Rngs(0))
+    assert grow(h.reshape(2, -1)).shape == (2, 2, 8, 16, 3)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -71,11 +88,10 @@ def test_a_convolution_by_a_product_of_matrices_is_xlas(stride, sides):
 
 def test_channels_become_pixels():
     """One stage by loops: pixel (2 i + a, 2 j + b) is channel block (a, b) of feature (i, j)."""
-    model = vae.Model(x_shape=(4, 6, 2), num_latents=3, hidden=(), channels=(5,))
-    grow = Grow(model, rngs=nnx.Rngs(0))
+    grow = Grow((4, 6, 2), (5,), 1, jnp.tanh, "float32", rngs=nnx.Rngs(0))
     h = jax.random.normal(KEY, (1, 2, 3, 5))
     got = grow(h.reshape(1, -1))
-    features = np.asarray(grow.layers[0](model.activation(grow.norms[0](h))))
+    features = np.asarray(grow.layers[0](jnp.tanh(grow.norms[0](h))))
     for i, j, a, b in np.ndindex(2, 3, 2, 2):
         block = 2 * (2 * a + b)
         np.testing.assert_allclose(
@@ -91,16 +107,15 @@ def test_channels_become_pixels():
         ({"x_shape": (8, 8), "channels": (4, 0)}, r"channels: expected positive .* got \(4, 0\)"),
     ],
 )
-@pytest.mark.parametrize("model", [vae.Model, cvae.Model])
-def test_sides_that_cannot_be_halved_are_refused(model, settings, message):
+def test_sides_that_cannot_be_halved_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        model(**SMALL | settings)
+        vae.Model(**SIZES | settings)
 
 
 def test_bfloat16_computes_coarsely_and_returns_float32():
     x = jax.random.uniform(KEY, (2, 8, 8, 3))
     fine, coarse = (
-        Encoder(vae.Model(x_shape=(8, 8, 3), **SMALL, dtype=dtype), (5,), 6, rngs=nnx.Rngs(0))(x)
+        Encoder((8, 8, 3), (5,), 6, **SIZES, dtype=dtype, rngs=nnx.Rngs(0))(x)
         for dtype in ("float32", "bfloat16")
     )
     assert coarse.dtype == fine.dtype == jnp.float32

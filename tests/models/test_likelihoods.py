@@ -14,13 +14,14 @@ from scipy import special, stats
 
 from models.likelihoods import (
     LIKELIHOODS,
-    SCALE_FLOOR,
+    PIXEL_SCALE_FLOOR,
     Bernoulli,
     DiscretizedLogistic,
     Gaussian,
     GaussianIdentity,
     GaussianOneScale,
     Levels,
+    check_grey,
 )
 
 KEY = jax.random.key(0)
@@ -120,9 +121,77 @@ def test_prepare_lands_in_the_support(likelihood):
 
 
 @EVERY
-@pytest.mark.parametrize("dtype", [np.int16, np.int64, np.uint16])
+def test_prepare_draws_the_same_with_64_bits(likelihood, rng):
+    images = rng.integers(0, 256, (3, 5, 7), dtype=np.uint8)
+    x = likelihood.prepare(KEY, images)
+    with jax.enable_x64(True):
+        wide = likelihood.prepare(KEY, images)
+    assert wide.dtype == jnp.float32
+    np.testing.assert_array_equal(wide, x)
+
+
+# --- what is no grey image ------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
+def test_grey_images_and_prepared_ones_pass(likelihood, as_array):
+    binary = ALL_LEVELS[None] > 127
+    for images in (ALL_LEVELS[None], ALL_LEVELS[None] / 255, binary, binary.astype(np.float32)):
+        likelihood.check(as_array(images))
+        likelihood.check(likelihood.prepare(KEY, as_array(images)))
+    likelihood.check(np.zeros((3, 2, 2), np.uint8))
+
+
+def test_binary_images_stay_as_they_are():
+    binary = ALL_LEVELS[None] > 127
+    np.testing.assert_array_equal(Bernoulli().prepare(KEY, binary), binary)
+
+
+UNIT, WIDE, LEVELS_TOO = r"\[0, 1\]", r"\[-1, 1\]", r"\[0, 255\]"
+DIVIDE, SCALE = "divide by 255 or by the largest level", r"scale x to \[0, 1\]: \(x - min\) /"
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "images", "message"),
+    [
+        (Bernoulli(), ALL_LEVELS / 1.0, f"{UNIT}, got float64 from 0.0 to 255.0; {DIVIDE}"),
+        (Gaussian(), ALL_LEVELS / 16.0, f"{UNIT}, got float64 from 0.0 to 15.93.*; {DIVIDE}"),
+        (Gaussian(), ALL_LEVELS - 9.5, f"{UNIT}, got float64 from -9.5 to 245.5; {SCALE}"),
+        (GaussianOneScale(), ALL_LEVELS * 9.0, f"{UNIT}, .* to 2295.0; {SCALE}.*linear_gaussian"),
+        (GaussianIdentity(low=-1.0), ALL_LEVELS / 85 - 1.5, f"{WIDE}, got .* to 1.5; {SCALE}"),
+        (DiscretizedLogistic(), ALL_LEVELS + 0.5, f"{LEVELS_TOO}, got .* to 255.5; {DIVIDE}"),
+        (Bernoulli(), ALL_LEVELS.astype(int), "got int64 from 0 to 255; give uint8, or divide by"),
+        (Bernoulli(), ALL_LEVELS // 128, "got uint8 from 0 to 1; give binary images as bool or"),
+    ],
+)
+def test_other_arrays_are_refused_with_what_to_do(likelihood, images, message):
+    with pytest.raises(ValueError, match=rf"^x: expected uint8, bool or floats in .*{message}"):
+        likelihood.check(images[None])
+
+
+def test_a_message_names_the_array():
+    with pytest.raises(ValueError, match=r"^c: expected .*; scale c to \[0, 1\]"):
+        check_grey(np.array([-2.0]), name="c")
+
+
+@EVERY
+def test_values_of_traced_arrays_are_not_looked_at(likelihood):
+    jax.eval_shape(likelihood.check, jnp.full((1, 2, 2), 1e6))
+    with pytest.raises(ValueError, match="got int32; give uint8, or divide"):
+        jax.eval_shape(likelihood.check, jnp.zeros((1, 2, 2), jnp.int32))
+
+
+@EVERY
+def test_prepare_makes_floats_outside_the_unit_interval_nan(likelihood):
+    x = jax.jit(likelihood.prepare)(KEY, jnp.array([[-0.1, 0.0, 1.0, 255.0]]))
+    np.testing.assert_array_equal(np.isnan(x), [[True, False, False, True]])
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [np.int64, np.uint16])
 def test_other_integers_are_not_grey_levels(likelihood, dtype):
-    with pytest.raises(ValueError, match=rf"expected uint8 or floats.*got {np.dtype(dtype)}"):
+    with pytest.raises(ValueError, match=rf"expected uint8, bool or floats.*got {np.dtype(dtype)}"):
         likelihood.prepare(KEY, np.zeros((1, 2, 2), dtype))
 
 
@@ -155,7 +224,7 @@ def test_gaussians_are_scipys(family, low, rng):
 @pytest.mark.parametrize("low", [0.0, -1.0])
 def test_no_pixel_is_denser_than_the_floor_allows(low):
     """The floor is one grey level wide, whatever the interval of x."""
-    ceiling = stats.norm.logpdf(0, 0, (1 - low) * SCALE_FLOOR)
+    ceiling = stats.norm.logpdf(0, 0, (1 - low) * PIXEL_SCALE_FLOOR)
     outputs = np.full((1, 2, 1, 1), -1e4)  # black, and certain of it
     black = np.full((1, 1, 1), low, np.float32)
     actual = distribution(Gaussian(low=low), outputs).log_prob(black)
@@ -164,7 +233,7 @@ def test_no_pixel_is_denser_than_the_floor_allows(low):
     program = handlers.trace(GaussianOneScale(low=low))
     site = program.get_trace(jnp.zeros((1, 1, 1, 1)))["x_scale"]
     assert site["type"] == "param"
-    floor = (1 - low) * SCALE_FLOOR
+    floor = (1 - low) * PIXEL_SCALE_FLOOR
     assert site["value"] > floor
     scales = biject_to(site["kwargs"]["constraint"])(jnp.array([-1e4, -20.0, -5.0, 0.0, 3.0]))
     np.testing.assert_allclose(scales[0], floor, rtol=1e-6)
@@ -222,7 +291,7 @@ def test_the_density_bounds_the_probability_of_the_levels(rng):
     likelihood = Gaussian()
     d = distribution(likelihood, np.broadcast_to([[[[-0.2]], [[-1.5]]]], (400, 2, 4, 4)))
     density = np.asarray(d.log_prob(likelihood.prepare(KEY, images)), np.float64).sum((1, 2))
-    loc, scale = special.expit(-0.2), np.logaddexp(0, -2.5) + SCALE_FLOOR
+    loc, scale = special.expit(-0.2), np.logaddexp(0, -2.5) + PIXEL_SCALE_FLOOR
     edges = stats.norm.cdf(np.arange(257) / 256, loc, scale)
     exact = -np.log2(np.diff(edges))[images].mean((1, 2))
     gap = likelihood.bits_per_dim(density, 16) - exact
@@ -331,7 +400,7 @@ def test_outputs_of_any_size_have_finite_densities_and_gradients(likelihood):
         log_prob = distribution(likelihood, outputs, x_scale).log_prob(x)
         return log_prob.sum(), log_prob
 
-    for x_scale in (SCALE_FLOOR, 0.2, 1e4):
+    for x_scale in (PIXEL_SCALE_FLOOR, 0.2, 1e4):
         gradients, log_prob = differentiate(outputs.astype(np.float32), x_scale)
         assert np.isfinite(log_prob).all()
         assert all(np.isfinite(g).all() for g in gradients)

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 from numpyro import handlers
 
-from models.networks import MLP, SCALE_FLOOR, GaussianMLP, network
+from models.conditions import Values
+from models.networks import MLP, SCALE_FLOOR, GaussianMLP, PriorNetwork, network
 
 SIZES = (3, 5, 4, 2)
 
@@ -143,6 +144,12 @@ def test_a_state_beside_the_parameters_is_refused_by_name(module, what):
         network("net", module)
 
 
+def test_what_is_no_module_is_refused():
+    message = "network 'net': expected a Flax NNX module, got .*; return a subclass"
+    with pytest.raises(TypeError, match=message), handlers.seed(rng_seed=0):
+        network("net", lambda rngs: jnp.zeros(3))
+
+
 def test_layer_normalisation_has_no_state(x):
     with handlers.seed(rng_seed=0):
         output = network("net", LayerNormalised)(x)
@@ -213,6 +220,22 @@ def test_a_gaussian_mlp_is_a_location_and_a_positive_scale(x, rng):
     np.testing.assert_allclose(scale, np.logaddexp(0, expected[:, 2:]) + SCALE_FLOOR, rtol=1e-4)
 
 
+def test_a_prior_network_sees_the_condition_and_more(rng):
+    module = PriorNetwork(Values((2,)), (), 3, num_more=4, rngs=nnx.Rngs(0))
+    module = of(module, filled(pure(module), rng))
+    c, more = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 2), (5, 2, 2)))
+    loc, scale = module(c, more)
+    inputs = np.concatenate([c, more.reshape(5, 4)], axis=1)
+    expected = forward(pure(module)["mlp"]["mlp"], inputs)
+    np.testing.assert_allclose(loc, expected[:, :3], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scale, np.logaddexp(0, expected[:, 3:]) + SCALE_FLOOR, rtol=1e-4)
+
+
+def test_sizes_are_positive():
+    with pytest.raises(ValueError, match=r"MLP: expected positive sizes, got \(3, 0, 2\)"):
+        MLP((3, 0, 2), jnp.tanh, "float32", rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_scale_of_a_gaussian_mlp_has_a_floor(dtype):
     module = GaussianMLP((1, 1), jnp.tanh, dtype, rngs=nnx.Rngs(0))
@@ -238,7 +261,7 @@ def test_parameters_of_another_network_are_refused():
     with pytest.raises(ValueError, match=message):
         handlers.substitute(program, {"net": params})(4)
     seeds = jax.tree.map(lambda p: jnp.stack([p, p]), params)
-    with pytest.raises(ValueError, match=r"got \(2, 3\), .* or of several seeds: take one"):
+    with pytest.raises(ValueError, match=r"got \(2, 3\), .* or to several seeds: take one"):
         handlers.substitute(program, {"net": seeds})(3)
     with pytest.raises(ValueError, match="expected parameters or a random key, got neither"):
         handlers.trace(program).get_trace(3)

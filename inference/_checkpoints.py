@@ -6,11 +6,17 @@ process killed while writing leaves the one before it, and a half-written one is
 
 import os
 import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+
+# Parts of a run's identity: where it was made, how long it is.
+MADE_BY = ("versions", "device", "mesh")
+LENGTHS = ("num_steps", "num_epochs")
 
 
 class CheckpointError(ValueError):
@@ -22,7 +28,8 @@ class Checkpoints:
 
     Args:
         directory: made if it does not exist.
-        identity: whatever must be equal for two runs to be the same to the bit, JSON-able.
+        identity: the settings, the description of programs and data, the shapes of the state, and
+            where the run is made, JSON-able.
 
     Raises:
         CheckpointError: the directory is a file, cannot be written, or holds other things.
@@ -72,27 +79,43 @@ class Checkpoints:
         ]
         return f"found {sorted(strangers)[0]!r} in it" if strangers else None
 
-    def restore(self, template: Any) -> Any | None:
-        """The newest whole checkpoint, shaped like ``template``; None if there is none.
+    def find(self) -> dict[str, Any] | None:
+        """The settings of the run that the newest whole checkpoint belongs to, or None.
 
         Raises:
-            CheckpointError: it was written under another configuration; names the differences.
+            CheckpointError: it is another run. The message names what differs.
+
+        Warns:
+            UserWarning: it was made elsewhere (device, versions, mesh). The run goes on.
         """
         if not any(path.name.isdecimal() for path in self._directory.iterdir()):
             return None
         step, args = self._manager.latest_step(), self._orbax.args
-        found = self._manager.restore(step, args=args.Composite(identity=args.JsonRestore()))[
-            "identity"
-        ]
-        differences = list(_differences(found, self._identity))
+        composite = args.Composite(identity=args.JsonRestore())
+        found = self._manager.restore(step, args=composite)["identity"]
+        elsewhere = list(_differences(_part(found, MADE_BY), _part(self._identity, MADE_BY)))
+        given, hidden = self._identity, MADE_BY + LENGTHS + ("program",) * bool(elsewhere)
+        differences = list(_differences(_part(found, hidden, False), _part(given, hidden, False)))
+        if not differences:  # then a difference of length alone may be left
+            differences = list(_differences_of_length(found, given))
         if differences:
             raise CheckpointError(
                 f"checkpoint {self._directory}: expected a run of this configuration, but "
                 f"{'; '.join(differences)}; give another directory, or the same settings"
             )
-        return self._manager.restore(
-            step, args=args.Composite(state=args.StandardRestore(template))
-        )["state"]
+        if elsewhere:
+            warnings.warn(
+                f"checkpoint {self._directory}: the run goes on, but {'; '.join(elsewhere)}; "
+                f"its numbers may differ in the last digits",
+                stacklevel=4,
+            )
+        return found
+
+    def restore(self, template: Any) -> Any:
+        """The newest whole checkpoint, shaped like ``template``."""
+        args = self._orbax.args
+        composite = args.Composite(state=args.StandardRestore(template))
+        return self._manager.restore(self._manager.latest_step(), args=composite)["state"]
 
     def save(self, step: int, state: Any) -> None:
         """Writes ``state`` under the name of ``step`` and drops all but the last two."""
@@ -106,7 +129,23 @@ class Checkpoints:
         )
 
 
-def _differences(found: Any, given: Any, name: str = ""):
+def _part(identity: Mapping[str, Any], names: tuple[str, ...], inside: bool = True) -> dict:
+    return {name: value for name, value in identity.items() if (name in names) == inside}
+
+
+def _differences_of_length(found: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    """A run may become longer, where no setting depends on its length."""
+    before, now = found["num_steps"], given["num_steps"]
+    if now < before:
+        yield f"num_steps was {before} there and is {now} here: a run becomes longer, not shorter"
+    elif now > before and given["average"]:
+        yield (
+            f"num_steps was {before} there and is {now} here, and average={given['average']} "
+            f"depends on the length"
+        )
+
+
+def _differences(found: Any, given: Any, name: str = "") -> Iterator[str]:
     """Sentences on where two JSON-able values differ, deepest names first."""
     if isinstance(found, dict) and isinstance(given, dict):
         for key in sorted(found.keys() | given.keys()):

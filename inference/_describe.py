@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-PACKAGES = ("numpyro", "jax", "jaxlib", "flax", "optax", "arviz", "numpy")
+PACKAGES = ("guidebook", "numpyro", "jax", "jaxlib", "flax", "optax", "arviz", "numpy")
 
 
 def describe_device() -> str:
@@ -46,10 +46,8 @@ def _short(value: Any) -> str:
     return value.__qualname__ if hasattr(value, "__qualname__") else str(describe_value(value))
 
 
-def describe_arrays(arrays: Mapping[str, Any] | None, contents: bool) -> dict[str, str] | None:
+def describe_arrays(arrays: Mapping[str, Any], contents: bool) -> dict[str, str]:
     """Type and shape of each array and, with ``contents``, the SHA-256 of its values."""
-    if arrays is None:
-        return None
     described = {}
     for name, array in arrays.items():
         array = np.asarray(array)

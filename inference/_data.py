@@ -1,0 +1,177 @@
+"""A user's data as arrays by name, checked once before anything runs.
+
+Data are a mapping of arrays or lists, a pandas DataFrame (one array a column) or an xarray
+Dataset. The leading axis of every array is the datum.
+"""
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+_SLAB = 2**20  # entries that are looked at together: this bounds the memory of the checks
+
+Arrays = dict[str, Any]  # NumPy or JAX arrays
+
+
+class Prepared(dict):
+    """Arrays by name as the programs take them: ``preprocess`` has been applied.
+
+    ``Fit.prepare`` makes one. ``Prepared(data)`` marks data that you prepared yourself.
+
+    Attributes:
+        source: the type, shape and hash of each array that they were made from, or None.
+    """
+
+    source: dict[str, str] | None = None
+
+    def __init__(self, data: Any, source: dict[str, str] | None = None):
+        super().__init__(as_arrays(data, "Prepared"))
+        self.source = source
+
+
+def as_arrays(data: Any, name: str = "data") -> Arrays:
+    """The arrays of a data set, by name.
+
+    Args:
+        data: a mapping of arrays or lists, a DataFrame or a Dataset.
+        name: what to call the data in a message.
+
+    Raises:
+        TypeError: it is none of these, or a value is not an array of numbers.
+        ValueError: a list whose rows differ in length.
+    """
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(data, pandas.DataFrame):
+        data = {str(column): data[column].to_numpy() for column in data.columns}
+    if not isinstance(data, Mapping):
+        raise TypeError(
+            f"{name}: expected a mapping from keyword to array, a DataFrame or a Dataset, got "
+            f'{type(data).__name__}; write {{"x": array}}'
+        )
+    return {str(key): _as_array(value, f"{name}[{key!r}]") for key, value in data.items()}
+
+
+def _as_array(value: Any, name: str) -> Any:
+    if not isinstance(value, np.ndarray | np.generic | Array):
+        if not (isinstance(value, list | tuple) or hasattr(value, "__array__")):
+            raise TypeError(
+                f"{name}: expected a NumPy or JAX array or a list, with one entry per datum, got "
+                f"{type(value).__name__}; convert it with numpy.asarray"
+            )
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: expected rows of one length, got a list that is no array ({error}); pad "
+                f"the rows to one length"
+            ) from error
+    if not (jnp.issubdtype(value.dtype, np.number) or jnp.issubdtype(value.dtype, np.bool_)):
+        raise TypeError(
+            f"{name}: expected an array of numbers, got dtype {value.dtype}; encode its entries "
+            f"as numbers"
+        )
+    return value
+
+
+def check_arrays(arrays: Arrays, name: str = "data") -> int:
+    """Checks the arrays of a data set.
+
+    Args:
+        arrays: as ``as_arrays`` gives them.
+        name: what to call the data in a message, for example "validation".
+
+    Returns:
+        N, the common leading length.
+
+    Raises:
+        ValueError: there are no arrays or no data, an array has no leading axis, leading lengths
+            differ, an entry is NaN or infinite, or too large for the device's type.
+    """
+    for key, array in arrays.items():
+        if array.ndim == 0:
+            raise ValueError(
+                f"{name}[{key!r}]: expected a leading axis, one entry per datum, got a scalar of "
+                f"shape (); give a constant to the program itself, for example by "
+                f"functools.partial"
+            )
+    size = leading_length(arrays, name)
+    if size == 0:
+        raise ValueError(f"{name}: expected at least one datum, got arrays of leading length 0")
+    for key, array in arrays.items():
+        _check_finite(array, f"{name}[{key!r}]")
+        _check_range(array, f"{name}[{key!r}]")
+    return size
+
+
+def leading_length(arrays: Mapping[str, Any], name: str) -> int:
+    """The common leading length of the arrays.
+
+    Raises:
+        ValueError: there are no arrays, or their lengths differ.
+    """
+    if not arrays:
+        raise ValueError(f"{name}: expected at least one array, got an empty mapping")
+    lengths = {key: array.shape[0] for key, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{key!r}: {length}" for key, length in lengths.items())
+        raise ValueError(
+            f"{name}: expected arrays of one leading length, the number of data, got {listed}; "
+            f"give every array one entry per datum"
+        )
+    return next(iter(lengths.values()))
+
+
+def converted(arrays: Arrays) -> dict[str, str]:
+    """The arrays that change their type on the device, such as float64 to float32, in words."""
+    pairs = {n: (a.dtype, jax.dtypes.canonicalize_dtype(a.dtype)) for n, a in arrays.items()}
+    return {name: f"{old} to {new}" for name, (old, new) in pairs.items() if old != new}
+
+
+def _check_range(array: Any, name: str) -> None:
+    """Integers that the device's type cannot hold would wrap around, floats would be infinite."""
+    held = jax.dtypes.canonicalize_dtype(array.dtype)
+    if held == array.dtype or jnp.issubdtype(array.dtype, np.complexfloating):
+        return
+    is_integer = jnp.issubdtype(array.dtype, np.integer)
+    bounds = np.iinfo(held) if is_integer else np.finfo(held)
+    low, high = array.min(), array.max()
+    if low < bounds.min or high > bounds.max:
+        remedy = "number the entries anew, give floats" if is_integer else "rescale them"
+        raise ValueError(
+            f"{name}: expected numbers from {bounds.min} to {bounds.max}, which the device's "
+            f"{held} holds, got {low} to {high}; {remedy}, or set JAX_ENABLE_X64=1"
+        )
+
+
+def _check_finite(array: Any, name: str) -> None:
+    if not jnp.issubdtype(array.dtype, np.inexact):
+        return
+    if isinstance(array, Array) and bool(_all_finite(array)):  # on the device
+        return
+    array = np.asarray(array)
+    count, first = 0, ()
+    rows = max(1, _SLAB // max(1, math.prod(array.shape[1:])))
+    for start in range(0, len(array), rows):
+        faulty = ~np.isfinite(array[start : start + rows])
+        if faulty.any():
+            if count == 0:
+                row, *rest = (int(i) for i in np.unravel_index(faulty.argmax(), faulty.shape))
+                first = (start + row, *rest)
+            count += int(np.count_nonzero(faulty))
+    if count:
+        raise ValueError(
+            f"{name}: expected finite numbers, got {count} NaN or infinite of {array.size} "
+            f"entries, the first at index {first}; drop, impute, or fill and mask them"
+        )
+
+
+@jax.jit
+def _all_finite(array: Array) -> Array:
+    """As `isfinite(array).all()`, which XLA gives a temporary as long as the array."""
+    return jnp.isfinite(jnp.max(jnp.abs(array), initial=0))

@@ -1,0 +1,221 @@
+"""What every judge and generator does first, and how it goes through the data.
+
+A judge takes a fit and data and answers for every seed at once. It makes the checks that ``fit``
+makes, once per fit and shape of data. It goes through the data in batches, by one compiled
+program, so its memory depends on neither the number of data nor the number of draws.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import jax
+import numpy as np
+from jax import random
+from jaxtyping import Array, PyTree
+
+from inference._checks import (
+    SUPPORT_ROWS,
+    ProgramError,
+    Programs,
+    check_supports,
+    support_check,
+)
+from inference._data import Arrays, Prepared, as_arrays, check_arrays
+from inference._describe import describe_arrays
+from inference._progress import progress as progress_bar
+from inference._settings import require_whole
+from inference.fit import Fit, prepare, programs_of, tied_message
+from inference.sites import length
+
+_PASSED: WeakKeyDictionary[Fit, set[Any]] = WeakKeyDictionary()  # data whose values were checked
+
+
+class Judged(NamedTuple):
+    """Data that a fit can judge.
+
+    Attributes:
+        arrays: as the programs take them.
+        programs: what is known of the programs on data of these shapes.
+        described: of each array its type, shape and hash.
+    """
+
+    arrays: Arrays
+    programs: Programs
+    described: dict[str, str]
+
+
+def default_key(key: Array | None, name: str) -> Array:
+    """The key, or a fixed one folded with the function's name: no two functions share noise."""
+    if key is not None:
+        return key
+    return random.fold_in(random.key(0), zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
+def judged_data(result: Fit, data: Any) -> Judged:
+    """The data of a judge, checked.
+
+    Raises:
+        TypeError: no fit, or no data by name.
+        ValueError: plain data where the fit has a preprocess; data that the programs do not take,
+            or that the guide was not fitted to where it has numbers for each datum.
+    """
+    if not isinstance(result, Fit):
+        raise TypeError(
+            f"result: expected what fit returns, got {type(result).__name__}; known parameters "
+            f"become a fit by Fit.from_params(model, guide, params, example=data)"
+        )
+    if not isinstance(data, Prepared):
+        if result.config.get("preprocess") is not None or result.preprocess is not None:
+            raise ValueError(
+                "data: expected data that the fit's preprocess has prepared, got plain ones; "
+                "write test = result.prepare(data), or Prepared(data) if they are prepared"
+            )
+        data = prepare(result.model, None, data)
+    arrays = as_arrays(data)
+    num_data = check_arrays(arrays)
+    _check_like_training(result, arrays)
+    programs = programs_of(result, arrays)
+    described = describe_arrays(arrays, contents=True)
+    if programs.tied_to and (data.source or described) != result.config["data"]:
+        raise ProgramError(tied_message(programs))
+    _check_values(result, arrays, programs, described, num_data)
+    return Judged(arrays, programs, described)
+
+
+def _check_like_training(result: Fit, arrays: Arrays) -> None:
+    if not result.batch:
+        return
+    if arrays.keys() != result.batch.keys():
+        raise ValueError(
+            f"data: expected arrays {sorted(result.batch)}, as in training, got {sorted(arrays)}; "
+            f"give the same arrays"
+        )
+    for name, array in arrays.items():
+        expected = result.batch[name].shape[1:]
+        if array.shape[1:] != expected:
+            words = ", ".join(map(str, ("N", *expected)))
+            raise ValueError(
+                f"data[{name!r}]: expected shape ({words}), as in training, got {array.shape}; "
+                f"reshape the data"
+            )
+
+
+def _check_values(
+    result: Fit, arrays: Arrays, programs: Programs, described: dict[str, str], num_data: int
+) -> None:
+    """Compares observed values with the supports of their sites, once per fit and data."""
+    passed, digest = _PASSED.setdefault(result, set()), tuple(sorted(described.items()))
+    if digest in passed:
+        return
+    check = compiled(support_of, result.model, result.guide, jit=False)(
+        programs.params | programs.mutable
+    )
+    size = min(SUPPORT_ROWS, num_data) if programs.takes_batches else num_data
+    batches = (
+        (random.key(0), {n: a[max(0, min(i, num_data - size)) :][:size] for n, a in arrays.items()})
+        for i in range(0, num_data, size)
+    )
+    check_supports(check, batches, result.model)
+    passed.add(digest)
+
+
+def support_of(model: Any, guide: Any, params: Any) -> Any:
+    """``support_check`` with the programs first."""
+    return support_check(model, guide, params)
+
+
+def require_local(judged: Judged, name: str) -> None:
+    """Raises ValueError where a datum has no number of its own.
+
+    Args:
+        judged: the data and what is known of the programs.
+        name: the judge's.
+    """
+    programs = judged.programs
+    if not programs.plates:
+        raise ValueError(
+            f"{name}: expected a model with a plate for its data, whose terms belong to data, got "
+            f'one without; put the data in numpyro.plate("data", len(x))'
+        )
+    if programs.has_globals:
+        raise ValueError(
+            f"{name}: expected latent sites with one value for each datum, got the global site "
+            f"{programs.globals[0]!r}, which all data share and no datum's number can hold; use "
+            f"sample_posterior and pointwise_log_likelihood"
+        )
+
+
+# --- compiled functions ---------------------------------------------------------------------------
+
+
+def compiled(function: Callable[..., Any], *statics: Any, jit: bool = True) -> Callable[..., Any]:
+    """``function`` with its first arguments fixed, compiled once for all calls with equal ones."""
+    try:
+        return _compiled(function, jit, *statics)
+    except TypeError:  # a program that has no hash
+        return _compiled.__wrapped__(function, jit, *statics)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(function: Callable[..., Any], jit: bool, *statics: Any) -> Callable[..., Any]:
+    fixed = functools.partial(function, *statics)
+    return jax.jit(fixed) if jit else fixed
+
+
+def values_of(result: Fit, seed: int) -> dict[str, Any]:
+    """One seed's parameters and mutable state."""
+    return result.params_of(seed) | result.mutable_of(seed)
+
+
+def over_data(
+    judge: Callable[[PyTree, Array, Any], PyTree],
+    result: Fit,
+    judged: Judged,
+    key: Array,
+    batch_size: int,
+    show: bool = False,
+    field: str = "",
+    extra: Callable[[int, np.ndarray], Any] | None = None,
+) -> PyTree:
+    """``judge(params, key, batch)`` on every seed and batch: its arrays (batch, ...) joined.
+
+    All seeds use the same keys, and each runs by itself: row i equals the judge of seed i alone.
+
+    Args:
+        judge: a compiled function.
+        result: the fit.
+        judged: the data.
+        key: folded with the number of the batch.
+        batch_size: data at a time. All of them if the programs do not take batches.
+        show: whether to show progress.
+        field: what the progress shows of the first array.
+        extra: from (seed, rows) to more arguments of ``judge``, of a batch's length.
+
+    Returns:
+        Arrays (seed, N, ...).
+    """
+    num_data, num_seeds = length(judged.arrays), result.num_seeds
+    require_whole("batch_size", batch_size, 1)
+    size = min(batch_size, num_data) if judged.programs.takes_batches else num_data
+    values = [values_of(result, seed) for seed in range(num_seeds)]
+    parts: list[list[Any]] = [[] for _ in range(num_seeds)]
+    mean = 0.0
+    with progress_bar(num_data, "datum", show=show) as shown:
+        for i, start in enumerate(range(0, num_data, size)):
+            index = np.minimum(np.arange(start, start + size), num_data - 1)  # the last one is full
+            batch = {name: array[index] for name, array in judged.arrays.items()}
+            count = min(size, num_data - start)
+            for seed in range(num_seeds):
+                more = () if extra is None else (extra(seed, index),)
+                found = judge(values[seed], random.fold_in(key, i), batch, *more)
+                found = jax.device_get(found)
+                parts[seed].append(jax.tree.map(lambda x, n=count: x[:n], found))
+            done = start + count
+            first = jax.tree.leaves(parts[0][-1])[0]
+            mean += (float(np.mean(first)) - mean) * count / done
+            shown.update(done, {field: f"{mean:.4f}"} if field else {})
+    joined = [jax.tree.map(lambda *x: np.concatenate(x), *seed) for seed in parts]
+    return jax.tree.map(lambda *x: np.stack(x), *joined)

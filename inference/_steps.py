@@ -1,0 +1,378 @@
+"""The compiled parts of a run: ``init``, ``advance`` and ``validate``, pure functions of a state.
+
+They are the same for every model. What does not change during a run is a ``Plan``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax, random
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PyTree
+from numpyro.infer import SVI
+from numpyro.infer.elbo import ELBO
+from numpyro.infer.svi import SVIState
+
+from inference._checks import Programs
+from inference._scaling import PerDatum
+from inference._settings import Settings
+from inference._shuffle import epoch_word, permute
+from inference.objectives import traits
+from inference.sites import Program, is_latent, length, trace_of
+
+Batch = Mapping[str, Array]
+Preprocess = Callable[[Array, Batch], Batch]
+
+MAX_CHUNK = 1024  # steps whose ELBO stays on the device between two looks of the host
+INIT, ORDER, NOISE, VALIDATION = range(4)  # what the keys folded from a seed's key are for
+
+
+class State(NamedTuple):
+    """All that the next step needs. All fields but the first three have a leading seed axis.
+
+    ``average`` holds unconstrained parameters, ``best`` those and the mutable state. Each is None
+    where the run asks for none.
+    """
+
+    step: Int[Array, ""]
+    epoch: Int[Array, ""]
+    offset: Int[Array, ""]  # data of this epoch already visited
+    optimizer: PyTree  # NumPyro's (count, (unconstrained parameters, Optax state))
+    mutable: PyTree
+    average: PyTree
+    best: PyTree
+    best_elbo: Float[Array, " seed"]
+    num_stale: Int[Array, " seed"]  # evaluations since the best one
+    active: Bool[Array, " seed"]  # false from where patience ran out
+
+    @property
+    def params(self) -> PyTree:
+        """The unconstrained parameters."""
+        return self.optimizer[1][0]
+
+
+SEED_AXES = State._make([None] * 3 + [0] * (len(State._fields) - 3))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does at every step.
+
+    Attributes:
+        model, guide: programs that fit each other.
+        programs: what is known of them.
+        objective: in nats per batch.
+        validation_objective: likewise, for held-out data.
+        optimizer: an Optax transformation.
+        preprocess: (key, batch) -> batch, or None.
+        settings: the run's numbers.
+        mesh: with automatic axes, or None.
+        constrain: from one seed's unconstrained parameters to their values by name.
+    """
+
+    model: Program
+    guide: Program
+    programs: Programs
+    objective: ELBO
+    validation_objective: ELBO
+    optimizer: optax.GradientTransformation
+    preprocess: Preprocess | None
+    settings: Settings
+    mesh: Mesh | None
+    constrain: Callable[[PyTree], dict[str, Any]]
+
+    def svi(self, step: Any = None) -> SVI:
+        """What updates the parameters, at a step or, without one, where it does not matter."""
+        objective = self.objective
+        if step is not None and traits(objective).changes_with_step:
+            objective = objective.at_step(step)
+        known = self.programs
+        scaled = PerDatum(objective, self.settings.num_data, known.plates, known.has_globals)
+        return SVI(self.model, self.guide, self.optimizer, scaled)
+
+
+# --- the state before the first step --------------------------------------------------------------
+
+
+def first_batch(plan: Plan, key: Array, data: Batch) -> Batch:
+    """The first data as they lie, prepared: to check programs and to start parameters."""
+    batch = {name: array[: plan.settings.batch_size] for name, array in data.items()}
+    return batch if plan.preprocess is None else plan.preprocess(key, batch)
+
+
+def constrain_of(
+    model: Program, guide: Program, objective: ELBO, key: Array, batch: Batch
+) -> Callable[[PyTree], dict[str, Any]]:
+    """The function from one seed's unconstrained parameters to their values."""
+    svi = SVI(model, guide, optax.identity(), objective)
+    jax.eval_shape(lambda key, batch: svi.init(key, **batch), key, dict(batch))
+    assert svi.constrain_fn is not None
+    return svi.constrain_fn
+
+
+def init(plan: Plan, keys: Array, data: Batch, params: Mapping[str, Any]) -> State:
+    """The state before the first step, every seed from its own key.
+
+    Args:
+        plan: the run's.
+        keys: one a seed.
+        data: arrays of shape (N, ...).
+        params: values by name, with a seed axis, in place of the programs' own.
+    """
+
+    def init_seed(key: Array, params: Mapping[str, Any]) -> SVIState:
+        init_key, batch_key = random.split(random.fold_in(key, INIT))
+        batch = first_batch(plan, batch_key, data)
+        return plan.svi().init(init_key, init_params=dict(params) or None, **batch)
+
+    svi_state, settings = jax.vmap(init_seed)(keys, dict(params)), plan.settings
+    params, mutable = svi_state.optim_state[1][0], svi_state.mutable_state
+    zero = jnp.zeros((), jnp.int32)
+    state = State(
+        step=zero,
+        epoch=zero,
+        offset=zero,
+        optimizer=svi_state.optim_state,
+        mutable=mutable,
+        average=jax.tree.map(jnp.zeros_like, params) if settings.average else None,
+        best=(params, mutable) if settings.patience else None,
+        best_elbo=jnp.full(settings.num_seeds, -jnp.inf),
+        num_stale=jnp.zeros(settings.num_seeds, jnp.int32),
+        active=jnp.ones(settings.num_seeds, bool),
+    )
+    return jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), state)  # no weak types
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+def advance(
+    plan: Plan, state: State, keys: Array, data: Batch, stop: Array
+) -> tuple[State, Float[Array, "seed chunk"], Bool[Array, " seed"]]:
+    """Takes steps ``state.step`` to ``stop - 1``, at most MAX_CHUNK of them.
+
+    Returns:
+        The state after them, the ELBO of each step's batch (nats per datum), and whether the
+        parameters are finite.
+    """
+    count = jnp.minimum(stop - state.step, MAX_CHUNK)
+
+    def run(state: State, key: Array) -> tuple[State, Float[Array, " chunk"]]:
+        def body(i: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
+            state, elbo = carry
+            state, loss = take_step(plan, state, key, data)
+            return state, elbo.at[i].set(-loss)
+
+        return lax.fori_loop(0, count, body, (state, jnp.full(MAX_CHUNK, jnp.nan)))
+
+    state, trace = _over_seeds(run, len(keys))(state, keys)
+    finite = jax.vmap(
+        lambda params: jnp.array([jnp.isfinite(p).all() for p in jax.tree.leaves(params)])
+    )(state.params)
+    return state, trace, finite.all(1)
+
+
+def take_step(plan: Plan, state: State, key: Array, data: Batch) -> tuple[State, Array]:
+    """One step of one seed: shuffle, gather, preprocess, update. Its loss is per datum."""
+    settings = plan.settings
+    key, batch = step_batch(plan, state, key, data)
+    old, svi = SVIState(state.optimizer, state.mutable, key), plan.svi(state.step)
+    svi.constrain_fn = plan.constrain
+    skips = settings.on_nan == "skip"
+    new, loss = (svi.stable_update if skips else svi.update)(old, **batch)
+    mutable, average = new.mutable_state, state.average
+    if skips:
+        mutable = where(jnp.isfinite(loss), mutable, state.mutable)
+    if average is not None:
+        count = jnp.maximum(state.step - settings.first_averaged + 1, 1)
+        params = new.optim_state[1][0]
+        average = jax.tree.map(lambda a, p: a + (p - a) / count, average, params)
+    seen = state.offset + settings.batch_size
+    wraps = seen >= settings.num_data
+    state = state._replace(
+        step=state.step + 1,
+        epoch=state.epoch + wraps,
+        offset=jnp.where(wraps, seen - settings.num_data, seen),
+        optimizer=new.optim_state,
+        mutable=mutable,
+        average=average,
+    )
+    return state, loss
+
+
+def step_batch(plan: Plan, state: State, key: Array, data: Batch) -> tuple[Array, Batch]:
+    """The batch of a step, prepared, and the key of its update."""
+    word = random.bits(random.fold_in(key, ORDER), dtype=jnp.uint32)
+    index = batch_index(plan.settings, state.epoch, state.offset, word)
+    batch = data if index is None else {k: v[index] for k, v in data.items()}
+    if plan.mesh is not None:
+        sharding = NamedSharding(plan.mesh, PartitionSpec("data"))
+        batch = lax.with_sharding_constraint(batch, sharding)
+    key = random.fold_in(random.fold_in(key, NOISE), state.step)
+    if plan.preprocess is not None:
+        key, batch_key = random.split(key)
+        # The barrier keeps XLA from preparing the batch anew for each of its uses.
+        batch = lax.optimization_barrier(plan.preprocess(batch_key, batch))
+    return key, batch
+
+
+def batch_index(settings: Settings, epoch: Array, offset: Array, word: Array) -> Array | None:
+    """Which data the next batch holds: the ``batch_size`` that follow in this epoch's order. Where
+    the epoch ends within the batch, the first of the next epoch's fill it up."""
+    size, num_data = settings.batch_size, settings.num_data
+    if settings.is_whole:
+        return None
+    position = offset + jnp.arange(size, dtype=jnp.int32)
+    this = epoch_word(word, epoch)
+    if num_data % size == 0:
+        return permute(position, num_data, this)
+
+    def across() -> Array:
+        rest = jnp.maximum(position - num_data, 0)
+        following = permute(rest, num_data, epoch_word(word, epoch + 1))
+        return jnp.where(position < num_data, within(), following)
+
+    def within() -> Array:
+        return permute(jnp.minimum(position, num_data - 1), num_data, this)
+
+    return lax.cond(offset + size > num_data, across, within)
+
+
+def _over_seeds(run: Callable[..., Any], num_seeds: int) -> Callable[..., Any]:
+    """``vmap`` over the seed axis of a state and the keys. One seed needs none, and only
+    without it does XLA update the parameters in place."""
+    if num_seeds > 1:
+        return jax.vmap(run, in_axes=(SEED_AXES, 0), out_axes=(SEED_AXES, 0))
+
+    def alone(state: State, keys: Array) -> tuple[State, Array]:
+        state, trace = run(by_seed(lambda x: x[0], state), keys[0])
+        return by_seed(lambda x: x[None], state), trace[None]
+
+    return alone
+
+
+# --- held-out data, the end -----------------------------------------------------------------------
+
+
+def validate(
+    plan: Plan, state: State, keys: Array, data: Batch
+) -> tuple[State, Float[Array, " seed"]]:
+    """The held-out ELBO of the parameters that would be returned now, nats per datum.
+
+    With global sites it is E_q [log p(x | theta)] with the local terms: the divergence of the
+    globals enters no held-out number. With ``patience`` the best parameters are kept, and the seeds
+    that have run out of it stop.
+    """
+    num_data, known, settings = length(data), plan.programs, plan.settings
+    objective = PerDatum(
+        plan.validation_objective,
+        num_data,
+        known.plates,
+        known.has_globals,
+        drop_globals=known.has_globals,
+    )
+    size = min(settings.batch_size, num_data)
+    num_full = num_data // size * size
+
+    def elbo(params: PyTree, mutable: PyTree, key: Array) -> Array:
+        params = plan.constrain(params) | (mutable or {})
+        key = random.fold_in(key, VALIDATION)
+
+        def loss(key: Array, batch: Batch) -> Array:
+            return jnp.asarray(objective.loss(key, params, plan.model, plan.guide, **batch))
+
+        split = {k: v[:num_full].reshape(-1, size, *v.shape[1:]) for k, v in data.items()}
+        keys = random.split(key, num_full // size + 1)
+        total = size * lax.map(lambda x: loss(*x), (keys[:-1], split)).sum()
+        if num_full < num_data:
+            rest = {k: v[num_full:] for k, v in data.items()}
+            total += length(rest) * loss(keys[-1], rest)
+        return -total / num_data
+
+    params = current(settings, state)
+    elbos = jax.vmap(elbo)(params, state.mutable, keys)
+    if settings.patience is None:
+        return state, elbos
+    better = (elbos > state.best_elbo) & state.active
+    num_stale = jnp.where(better, 0, state.num_stale + 1)
+    return state._replace(
+        active=state.active & (num_stale < settings.patience),
+        best=jax.vmap(where)(better, (params, state.mutable), state.best),
+        best_elbo=jnp.where(better, elbos, state.best_elbo),
+        num_stale=num_stale,
+    ), elbos
+
+
+def current(settings: Settings, state: State) -> PyTree:
+    """Unconstrained: the average where averaging has begun, else the last iterate."""
+    if state.average is None:
+        return state.params
+    return where(state.step > settings.first_averaged, state.average, state.params)
+
+
+def finish(plan: Plan, state: State) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters and the mutable state to return, by name, with a seed axis."""
+    params, mutable = current(plan.settings, state), state.mutable
+    if state.best is not None:
+        started = jnp.isfinite(state.best_elbo)
+        params, mutable = jax.vmap(where)(started, state.best, (params, mutable))
+    return jax.vmap(plan.constrain)(params), dict(mutable or {})
+
+
+# --- a step that failed ---------------------------------------------------------------------------
+
+
+def find_fault(plan: Plan, state: State, key: Array, data: Batch) -> list[tuple[str, Array]]:
+    """What may not be finite in the next step of one seed, in the order of its computation.
+
+    Returns:
+        Pairs of a name and whether it is finite: parameters, then values and log densities by
+        site, then the gradients of the parameters.
+    """
+    key, batch = step_batch(plan, state, key, data)
+    params = plan.constrain(state.params) | (state.mutable or {})
+    finite: list[tuple[str, Array]] = []
+
+    def add(name: str, tree: PyTree) -> None:
+        leaves = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+        finite.append((name, jnp.array(leaves).all()))
+
+    for name in sorted(params):
+        add(f"parameter {name!r}", params[name])
+    step_key = random.split(key)[1]  # as NumPyro's update and its objectives split it
+    model_key, guide_key = random.split(step_key)
+    drawn = trace_of(plan.guide, guide_key, params, **batch)
+    draws = {name: site["value"] for name, site in drawn.items() if is_latent(site)}
+    sites = trace_of(plan.model, model_key, params | draws, **batch)
+    for role, program in (("guide", drawn), ("model", sites)):
+        for name, site in program.items():
+            if site["type"] == "sample":
+                add(f"{role} site {name!r}: value", site["value"])
+                add(f"{role} site {name!r}: log density", site["fn"].log_prob(site["value"]))
+    svi = plan.svi(state.step)
+
+    def loss(unconstrained: PyTree) -> Array:
+        params = plan.constrain(unconstrained) | (state.mutable or {})
+        return svi.loss.loss(step_key, params, plan.model, plan.guide, **batch)
+
+    for name, gradient in jax.grad(loss)(state.params).items():
+        add(f"gradient of parameter {name!r}", gradient)
+    return finite
+
+
+# --- trees ----------------------------------------------------------------------------------------
+
+
+def by_seed(change: Callable[[Any], Any], state: State) -> State:
+    """``change`` on the arrays that have a seed axis."""
+    fields = zip(state, SEED_AXES, strict=True)
+    return State(*(x if axis is None else jax.tree.map(change, x) for x, axis in fields))
+
+
+def where(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+    """``jnp.where`` on every leaf."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
