@@ -2,9 +2,9 @@
 
     python experiments/compare.py runs/a runs/b --out runs/a-and-b
 
-Prints a table, from the best run to the worst, and the settings in which the runs differ. With
-``--out`` the table goes there too, with pictures of the ELBO traces and of the differences. The
-functions behind it are in ``inference/comparison.py`` and take any trees of ``to_datatree``.
+Prints a table, from the best run to the worst, and the settings that differ. With ``--out`` the
+table goes there too, with figures of the ELBO traces and of the differences. The functions behind
+it are in ``inference/comparison.py``. They take fits, runs and trees.
 """
 
 import json
@@ -16,15 +16,16 @@ import numpy as np
 from tabulate import tabulate
 from tyro.conf import Positional
 
-from experiments.runs import command_line
+from experiments import runs
+from experiments.experiment import DataTree, Figure
+from experiments.settings import command_line
 from inference import comparison
 from inference.evaluation import FEWEST_FOR_TAIL
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from xarray import DataTree
 else:  # slow to import
-    DataFrame = DataTree = Any
+    DataFrame = Any
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Config:
     """Set runs on the same data side by side.
 
     Attributes:
-        runs: the directories of two or more finished runs.
-        out: a new directory for the table and the pictures; nothing is written unless given.
+        runs: Directories of two or more finished runs.
+        out: New directory for the table and the figures. Default: nothing is written.
     """
 
     runs: Positional[tuple[Path, ...]]
@@ -67,52 +68,33 @@ def main(config: Config) -> dict[str, Any]:
         config.out.mkdir(parents=True, exist_ok=True)
         (config.out / "comparison.txt").write_text(text)
         (config.out / "comparison.json").write_text(json.dumps(result, indent=2) + "\n")
-        draw(trees, compared, config.out)
+        for name, figure in figures(trees, compared).items():
+            figure.savefig(config.out / f"{name}.png", dpi=120)
         print(f"written to {config.out}")
     return result
 
 
-def read(runs: tuple[Path, ...]) -> dict[str, DataTree]:
+def read(paths: tuple[Path, ...]) -> dict[str, DataTree]:
     """The runs' trees by the directories' names, or by their paths where names are the same.
 
     Raises:
         ValueError: a directory without a finished run.
     """
-    import arviz as az
-
-    names = [path.resolve().name for path in runs]
-    names = names if len(set(names)) == len(names) else [str(path) for path in runs]
-    trees = {}
-    for name, path in zip(names, runs, strict=True):
-        if not (path / "trace.nc").exists():
-            raise ValueError(
-                f"runs: expected directories of finished runs, and {path} has no trace.nc; finish "
-                f"the run by the command that began it"
-            )
-        with az.from_netcdf(path / "trace.nc", engine="h5netcdf") as tree:
-            trees[name] = tree.load()
-    return trees
+    names = [path.resolve().name for path in paths]
+    names = names if len(set(names)) == len(names) else [str(path) for path in paths]
+    return {name: runs.read_tree(path) for name, path in zip(names, paths, strict=True)}
 
 
 def table(compared: DataFrame, differing: dict[str, dict[str, Any]], trees: Any) -> str:
     """The comparison as a person reads it; a dash where a run has no such number."""
-
-    def number(value: float, error: float | None = None, sign: str = "", digits: int = 3) -> str:
-        if np.isnan(value):
-            return "-"
-        if error:  # two of its digits
-            digits = max(digits, int(1 - np.floor(np.log10(error))))
-        written = f"{value:{sign}.{digits}f}"
-        return written if error is None else f"{written} +- {error:.{digits}f}"
-
     rows = [
         (
             *(run, row["model"], row["guide"], row["objective"]),
-            number(row["elbo"], row["elbo_se"]),
-            number(row["log_likelihood"], row["log_likelihood_se"]),
-            number(row["difference"], row["difference_se"], "+") if i else "best",
-            number(row["pareto_k_share"], digits=4),
-            number(row["seconds"], digits=1),
+            runs.plus_minus(row["elbo"], row["elbo_se"]),
+            runs.plus_minus(row["log_likelihood"], row["log_likelihood_se"]),
+            runs.plus_minus(row["difference"], row["difference_se"], "+") if i else "best",
+            runs.plus_minus(row["pareto_k_share"], digits=4),
+            runs.plus_minus(row["seconds"], digits=1),
         )
         for i, (run, row) in enumerate(compared.to_dict("index").items())
     ]
@@ -123,14 +105,14 @@ def table(compared: DataFrame, differing: dict[str, dict[str, Any]], trees: Any)
     body = tabulate(rows, headers, disable_numparse=True, colalign=("left",) * 4 + ("right",) * 5)
     settings = tabulate(
         [
-            (name, *(_written(values[run]) if run in values else "-" for run in compared.index))
+            (name, *(runs.written(values[run]) if run in values else "-" for run in compared.index))
             for name, values in differing.items()
         ],
         ("setting", *compared.index),
         disable_numparse=True,
     )
     first = next(iter(trees.values()))
-    size = first["evaluation"].sizes["datum"] if "evaluation" in first.children else 0
+    size = first["evaluation"].sizes["data"] if "evaluation" in first.children else 0
     what = "ELBO" if compared["log_likelihood"].isna().any() else "log likelihood"
     no_k = (
         f"; - with fewer than {FEWEST_FOR_TAIL} samples or none"
@@ -140,25 +122,20 @@ def table(compared: DataFrame, differing: dict[str, dict[str, Any]], trees: Any)
     return (
         f"\n{first.attrs['dataset']}: {size} data that were judged\n\n{body}\n\n"
         f"+-: standard error over the data; nats per datum, seeds averaged\n"
-        f"difference: of the {what} to the best run's, with the error of paired differences\n"
+        f"difference: {what} less the best run's, with the error of paired differences\n"
         f"k-hat too high: the share of data whose log likelihood the guide's draws estimate "
         f"badly{no_k}\n"
-        f"seconds: training of all seeds, compilation apart\n"
+        f"seconds: training of all seeds, without compilation\n"
         + (f"\n{settings}\n" if differing else "\nthe settings are the same\n")
     )
 
 
-def draw(trees: dict[str, DataTree], compared: DataFrame, directory: Path) -> None:
-    """The pictures: ELBO traces, and differences with their errors."""
-    import matplotlib.pyplot as plt
-
-    for name, plot in (
-        ("elbo", comparison.plot_elbo({run: trees[run] for run in compared.index})),
-        ("differences", comparison.plot_differences(compared)),
-    ):
-        figure = plot.viz["figure"].item()
-        figure.savefig(directory / f"{name}.png", dpi=120)
-        plt.close(figure)
+def figures(trees: dict[str, DataTree], compared: DataFrame) -> dict[str, Figure]:
+    """The ELBO traces, and the differences with their errors."""
+    elbo = comparison.plot_elbo({run: trees[run] for run in compared.index})
+    differences = comparison.plot_differences(compared)
+    plots = {"elbo": elbo, "differences": differences}
+    return {name: plot.viz["figure"].item() for name, plot in plots.items()}
 
 
 def _is_empty(path: Path) -> bool:
@@ -168,12 +145,6 @@ def _is_empty(path: Path) -> bool:
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN."""
     return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return "-" if value is None else str(value)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ The model, its guide and its optimum are in ``models/gaussian_mean.py``. Stochas
 arrive at seven numbers to a fraction of their standard errors, for three reasons:
 
 - The optimiser works in other coordinates (``coordinates``). The inputs of the affine maps are
-  uncorrelated there and have unit size, and lengths are measured in sigma_0. So neither mu_0 nor
-  the scale of the data matters.
+  uncorrelated there and have unit size, and lengths are measured in sigma_0. So mu_0 and the
+  scale of the data do not matter.
 - The two particles of each step are mirror images, stratified over the batch
   (``inference.particles``).
 - The learning rate falls to zero along a cosine, and the last part of the path is averaged.
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import optax
@@ -26,7 +26,7 @@ from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from tabulate import tabulate
 
 import inference
-from experiments.experiment import Experiment, Fits
+from experiments.experiment import DataTree, Experiment, Figure, Fits
 from experiments.runner import number, run
 from experiments.settings import (
     check_fraction,
@@ -37,12 +37,6 @@ from experiments.settings import (
 )
 from inference import Estimate, antithetic, pointwise_elbo, precondition, to_datatree
 from models import gaussian_mean
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from xarray import DataTree
-else:  # slow to import
-    DataTree = Figure = Any
 
 # Two particles each. They are mirror images, if the objective allows it.
 OBJECTIVES = {name: partial(build, 2) for name, build in inference.OBJECTIVES.items()} | {
@@ -123,7 +117,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Data:
-    """Simulated data, and what is exactly true of them.
+    """Simulated data, with their maximum-likelihood solution.
 
     Attributes:
         record: what the model needs to know.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from experiments import pictures
 from experiments.datasets import Dataset, Record, load
-from experiments.experiment import Experiment, Fits
+from experiments.experiment import DataTree, Experiment, Figure, Fits
 from experiments.runner import number
 from experiments.settings import check_fraction, check_known, check_least, check_positive
 from inference import (
@@ -45,12 +45,6 @@ from inference.evaluation import FEWEST_FOR_TAIL
 from models import guides, vae
 from models.conditions import Labels
 from models.likelihoods import LIKELIHOODS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from xarray import DataTree
-else:  # slow to import
-    DataTree = Figure = Any
 
 PER_DATUM_STEPS = 1000  # A per-datum guide is fitted to the test images in so many steps.
 JUDGING_SEED = 20_150_901  # It is folded with the run's seed, and gives the draws of the judges.
@@ -368,10 +362,11 @@ def judge(config: Config, data: Dataset, fits: Fits) -> Judged:
 
 def fit_anew(config: Config, fitted: Fit, test: Prepared) -> Fit:
     """A fit of the test images: the models as they are, each with a new per-datum guide."""
-    guide = config.make_guide(fitted.model, len(test["x"]))
+    model: Any = fitted.model
+    guide = config.make_guide(model, len(test["x"]))
     anew = [
         fit(
-            Held(fitted.model, fitted.params_of(i)),
+            Held(model, fitted.params_of(i)),
             guide,
             test,
             optimizer=optax.adam(optax.cosine_decay_schedule(0.05, PER_DATUM_STEPS)),
@@ -405,8 +400,9 @@ def summarize(
         config, data, fits, judged: as in ``Experiment``.
         published: by preset, a log-likelihood of MNIST and its source.
     """
-    model, terms = fits["fit"].model, judged.terms
-    likelihood, high = number(judged.log_likelihood), judged.log_likelihood.high_pareto_k
+    model: Any = fits["fit"].model
+    terms, high = judged.terms, judged.log_likelihood.high_pareto_k
+    likelihood = number(judged.log_likelihood)
     num_dims = int(np.prod(model.x_shape))
     bits = model.likelihood.bits_per_dim(likelihood["estimate"], num_dims)
     variance, error = terms.activity["z"]

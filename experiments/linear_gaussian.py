@@ -19,14 +19,14 @@ Stochastic gradients get there for three reasons:
   tenth of the run. With sigma held, the first gradients are a thousand times the later ones.
 - The learning rate then falls to zero along a cosine, and the last part of the path is averaged.
 
-The ELBO of a batch varies by several nats, more than the effects to be seen. So the traces are
-those of all images.
+The ELBO of a batch varies by several nats, more than the effects. So the traces show the ELBO of
+all images.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,18 +36,12 @@ from jaxtyping import Float
 from tabulate import tabulate
 
 from experiments.datasets import Record, load
-from experiments.experiment import Experiment, Fits
+from experiments.experiment import DataTree, Experiment, Figure, Fits
 from experiments.runner import number, run
 from experiments.settings import check_fraction, check_least, check_positive, command_line
 from inference import Estimate, Fit, Held, pointwise_elbo, to_datatree
 from models import guides, linear_gaussian
 from models.conditions import Labels
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from xarray import DataTree
-else:  # slow to import
-    DataTree = Figure = Any
 
 # The least gap of each family for a model's parameters, or None if it has no formula.
 GAPS: dict[str, Callable[[Mapping[str, Any]], float] | None] = {
@@ -123,7 +117,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Data:
-    """Images, and what is exactly true of them.
+    """Images, with their maximum-likelihood solution.
 
     Attributes:
         record: what the model needs to know.
@@ -217,7 +211,7 @@ def log_likelihood(
 
 
 def params_of(fitted: Fit, seed: int) -> dict[str, Any]:
-    """The parameters of one seed, those of a held model among them."""
+    """The parameters of one seed, with those that are held."""
     held = fitted.model.params if isinstance(fitted.model, Held) else {}
     return fitted.params_of(seed) | held
 

@@ -13,7 +13,7 @@ are used for nothing else.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import optax
@@ -24,7 +24,7 @@ from tabulate import tabulate
 
 from experiments import pictures, runs
 from experiments.datasets import Dataset, Record, load
-from experiments.experiment import Experiment, Fits
+from experiments.experiment import DataTree, Experiment, Figure, Fits
 from experiments.images import judging_key
 from experiments.runner import number, run
 from experiments.settings import check_known, check_least, check_positive, command_line
@@ -41,12 +41,6 @@ from inference import (
 )
 from models import guides
 from models.quadrants import PRESETS, Model, Quadrants
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from xarray import DataTree
-else:  # slow to import
-    DataTree = Figure = Any
 
 ROWS = {
     "nn": "NN, the baseline",
@@ -77,8 +71,8 @@ PUBLISHED = {
         "cvae_importance_sampling": (20.97, 20.95),
     },
 }
-# Pyro's tutorial "Conditional Variational Auto-encoder". What it calls Monte Carlo is the -ELBO of
-# the recognition network, and its validation images are the test images.
+# Pyro's tutorial "Conditional Variational Auto-encoder". It calls the -ELBO of the recognition
+# network Monte Carlo, and its validation images are the test images.
 PYRO = {
     1: {"nn": 100.4, "cvae_negative_elbo": 71.8},
     2: {"nn": 61.9, "cvae_negative_elbo": 51.0},
@@ -372,7 +366,8 @@ def completions(fits: Fits, test: Mapping[str, Any], words: str) -> Figure:
     drawn = sample_prior_predictive(fits["cvae"], NUM_DRAWS, key=random.key(0), c=c)["z"]
     columns = [np.full_like(x, 0.5), x, guess]
     columns += [decode(fits["cvae"], {"z": drawn[:, i]}, c=c)["x"][0] for i in range(NUM_DRAWS)]
-    merge = fits["cvae"].model.baseline.quadrants.merge
+    model: Any = fits["cvae"].model
+    merge = model.baseline.quadrants.merge
     return pictures.grid(
         np.stack([np.asarray(merge(c, column)) for column in columns], axis=1),
         f"{words}: means of p(x | z, c), z from the prior network p(z | c)",
@@ -425,17 +420,18 @@ EXPERIMENT = Experiment(
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Complete images of which some quadrants are seen."""
+    """Complete images from some of their quadrants."""
     if config.quadrants != "all":
         return run(EXPERIMENT, config)
     parent = config.out or runs.new_directory(Path("runs"), EXPERIMENT.name)
-    each = {n: replace(config, quadrants=n, out=parent / f"quadrants_{n}") for n in "123"}
-    strangers = {p.name for p in parent.glob("[!.]*")} - {one.out.name for one in each.values()}
+    names = {n: f"quadrants_{n}" for n in "123"}
+    strangers = {p.name for p in parent.glob("[!.]*")} - {*names.values()}
     if strangers:
         raise ValueError(
             f"out: expected a new or empty directory, or these runs' own; {parent} holds "
             f"{min(strangers)}; give another directory"
         )
+    each = {n: replace(config, quadrants=n, out=parent / name) for n, name in names.items()}
     return {"quadrants": {n: run(EXPERIMENT, one) for n, one in each.items()}}
 
 

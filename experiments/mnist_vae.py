@@ -1,4 +1,4 @@
-"""Train a variational autoencoder on MNIST, and say what it is worth.
+"""Train a variational autoencoder on MNIST, and judge it.
 
     python experiments/mnist_vae.py --preset burda --num-epochs 100
 

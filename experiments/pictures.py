@@ -4,17 +4,13 @@ Pictures are means of p(x | z, c) on the scale of grey, from the first seed of a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jax import random
 
+from experiments.experiment import Figure
 from inference import Fit, Prepared, decode, encode, interpolate, sample_prior_predictive, traverse
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-else:  # slow to import
-    Figure = Any
 
 Latents = Mapping[str, Any]  # by site, (seed, datum, ...)
 Z_UNITS = "prior standard deviations"
@@ -78,7 +74,7 @@ def elbo_traces(result: Fit, words: str, test: float | None = None) -> Figure:
 
     Args:
         result: the fit.
-        words: what was trained on what, for the title.
+        words: the experiment and the data, for the title.
         test: the ELBO of the test set, drawn as a line.
     """
     from matplotlib.figure import Figure
@@ -131,7 +127,7 @@ def reconstructions(
         to_grey(one.model, np.stack([first["x"], means])),
         f"{words}: test images and their reconstructions",
         x_label="test images",
-        y_label="",
+        y_label="image",
         row_labels=("original", "reconstruction"),
     )
 
@@ -213,14 +209,11 @@ def interpolations(
     """
     one, x, c = result.isel(seed=0), np.asarray(test["x"]), test.get("c")
     z = encode(one, Prepared(test)) if latents is None else latents
-    groups = (
-        [np.arange(len(x))] * 6 if c is None else [np.flatnonzero(c == k) for k in np.unique(c)]
-    )
+    pairs = np.arange(len(x))[:12].reshape(-1, 2) if c is None else []
+    if c is not None:
+        pairs = [np.flatnonzero(c == label)[:2] for label in np.unique(c)[:10]]
     rows = []
-    for i, group in enumerate(groups[:10]):
-        pair = group[2 * i : 2 * i + 2] if c is None else group[:2]
-        if len(pair) < 2:
-            continue
+    for pair in (pair for pair in pairs if len(pair) == 2):
         start, end = ({name: a[:1, j] for name, a in z.items()} for j in pair)
         given = None if c is None else np.repeat(np.asarray(c)[pair[0]], 9, axis=0)
         between = _means(one, interpolate(start, end, 9), given)

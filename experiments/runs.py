@@ -38,16 +38,13 @@ from filelock import FileLock, Timeout
 from tabulate import tabulate
 from tyro.conf import Positional
 
-from experiments.experiment import Experiment
+from experiments.experiment import DataTree, Experiment, Fit
 from experiments.settings import command_line, from_json, to_json
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from xarray import DataTree
-
-    from inference import Fit
 else:  # slow to import
-    DataFrame = DataTree = Fit = Any
+    DataFrame = Any
 
 FORMAT = 1  # The layout of a run directory. It rises when an older version cannot read it.
 IDENTITY = ("experiment", "settings", "record", "data")  # what makes two runs the same
@@ -100,19 +97,12 @@ class Run:
             RunError: the data are others than the run's.
         """
         data = self.experiment.data(dataclasses.replace(self.config, **changes))
-        ours, theirs = (
-            {
-                f"{name} of {split}": a
-                for split, arrays in known.items()
-                for name, a in arrays.items()
-            }
-            for known in (_config(self.path)["data"], describe(data))
-        )
+        ours, theirs = _config(self.path)["data"], describe(data)
         for name in ours | theirs:
             if ours.get(name) != theirs.get(name):
                 raise RunError(
-                    f"{self.path}: expected the run's data, {name} as {ours.get(name, 'absent')}, "
-                    f"got {theirs.get(name, 'none')}; load the data that the run was made with"
+                    f"{self.path}: expected the run's data, {name} as {ours.get(name)}, got "
+                    f"{theirs.get(name)}; load the data that the run was made with"
                 )
         return data
 
@@ -127,7 +117,7 @@ class Run:
 
 
 def load(path: str | os.PathLike) -> Run:
-    """Opens a finished run. It needs neither the data nor the device of the training.
+    """Opens a finished run. The data and the device of the training are not needed.
 
     Args:
         path: the run's directory.
@@ -136,7 +126,7 @@ def load(path: str | os.PathLike) -> Run:
         RunError: the directory is no finished run, or it is damaged.
         FitError: a saved fit is damaged, or the programs have changed since.
     """
-    from inference import Fit, FitError  # seconds
+    from inference import Fit, FitError  # slow to import
 
     path = Path(path)
     described = _config(path)
@@ -302,7 +292,7 @@ def claim(experiment: Experiment, config: Any, data: Any) -> Iterator[Path]:
 
 
 def _check_own(path: Path, experiment: Experiment, described: dict[str, Any]) -> None:
-    """Refuses a directory that is neither empty nor this run's own."""
+    """Refuses a directory with other files, or with another run."""
     if not (path / "config.json").exists():
         if any(p.name[0] != "." for p in path.iterdir()):
             raise ValueError(
@@ -330,7 +320,7 @@ def _check_own(path: Path, experiment: Experiment, described: dict[str, Any]) ->
 
 
 def new_directory(parent: Path, name: str) -> Path:
-    """Makes a directory that no other run has, named by the time."""
+    """Makes a new directory, named by the time."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path, n = parent / f"{name}-{stamp}", 2
     while True:
@@ -377,8 +367,8 @@ def table(parent: str | os.PathLike = "runs") -> DataFrame:
 
         - when, experiment, dataset: when the run began, its script and its data set
         - elbo, elbo_se, log_likelihood, log_likelihood_se: with standard errors over the data
-        - seconds: of the training, without compilation
-        - a column for each setting in which the runs differ
+        - seconds: the time of the training, without compilation
+        - the settings that differ between runs, one column each
 
         What a run lacks is NaN. A run without any number is not finished, or cannot be read.
 
@@ -421,7 +411,7 @@ def _row(described: Mapping[str, Any], result: Mapping[str, Any]) -> list[Any]:
 
 
 def plus_minus(value: float, error: float | None = None, sign: str = "", digits: int = 3) -> str:
-    """A number with its standard error, of which two digits are shown. A dash for NaN."""
+    """A number with two digits of its standard error. A dash for NaN."""
     if np.isnan(value):
         return "-"
     if error:
@@ -434,7 +424,11 @@ def written(value: Any) -> str:
     """A setting as a person reads it."""
     if isinstance(value, list):
         return " ".join(map(str, value))
-    return "-" if value is None or value != value else str(value)
+    return str(value) if _given(value) else "-"
+
+
+def _given(value: Any) -> bool:
+    return value is not None and value == value  # not NaN
 
 
 @dataclass(frozen=True)
@@ -459,7 +453,7 @@ def main(config: Config) -> DataFrame:
             plus_minus(row["elbo"], row["elbo_se"]),
             plus_minus(row["log_likelihood"], row["log_likelihood_se"]),
             plus_minus(row["seconds"], digits=1),
-            ", ".join(f"{n} {written(v)}" for n, v in list(row.items())[fixed:] if v == v),
+            ", ".join(f"{n} {written(v)}" for n, v in list(row.items())[fixed:] if _given(v)),
         )
         for run, row in frame.to_dict("index").items()
     ]

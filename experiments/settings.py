@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-UNSAVED = ("out", "progress")  # They say where a run is and how it looks, not what it is.
+UNSAVED = ("out", "progress")  # They change no number.
 
 
 def command_line(main: Callable[[Any], Any], config_type: type) -> None:

@@ -4,10 +4,9 @@
 
 The model is in ``models/vae.py``, its convolutions in ``models/networks.py``. The preset's
 likelihood has identity covariance on [-1, 1]. Its log-density cannot exceed -2823 nats. On the
-scale of the grey levels that is 8.32 bits per dimension, more than the 8 bits in which the image is
-stored. Likelihoods that learn a scale or a distribution over the levels do far better
-(``--likelihood gaussian-one-scale``, ``gaussian``, ``discretized-logistic``). Bits per dimension
-compare them all.
+scale of the grey levels that is 8.32 bits per dimension. The stored image has only 8. Likelihoods
+that learn a scale or a distribution over the levels do far better (``--likelihood
+gaussian-one-scale``, ``gaussian``, ``discretized-logistic``). Bits per dimension compare them all.
 """
 
 from dataclasses import dataclass

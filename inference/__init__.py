@@ -3,6 +3,7 @@
 from inference._checkpoints import CheckpointError
 from inference._checks import ProgramError
 from inference._data import Prepared
+from inference._saving import FitError
 from inference.comparison import compare
 from inference.datatree import to_datatree
 from inference.engine import fit
@@ -17,7 +18,7 @@ from inference.evaluation import (
     pointwise_elbo,
     pointwise_log_likelihood,
 )
-from inference.fit import Fit, FitError, Interrupted, NonFiniteError
+from inference.fit import Fit, Interrupted, NonFiniteError
 from inference.generation import (
     decode,
     encode,

@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 
-# Parts of a run's identity: where it was made, how long it is.
+# Parts of a run's identity: where it was made, how long it is, what was compiled.
 MADE_BY = ("versions", "device", "mesh")
 LENGTHS = ("num_steps", "num_epochs")
+COMPILED = ("shapes", "program")
 
 
 class CheckpointError(ValueError):
@@ -93,11 +94,16 @@ class Checkpoints:
         step, args = self._manager.latest_step(), self._orbax.args
         composite = args.Composite(identity=args.JsonRestore())
         found = self._manager.restore(step, args=composite)["identity"]
-        elsewhere = list(_differences(_part(found, MADE_BY), _part(self._identity, MADE_BY)))
-        given, hidden = self._identity, MADE_BY + LENGTHS + ("program",) * bool(elsewhere)
-        differences = list(_differences(_part(found, hidden, False), _part(given, hidden, False)))
-        if not differences:  # then a difference of length alone may be left
-            differences = list(_differences_of_length(found, given))
+        given = self._identity
+        elsewhere = list(_differences(_part(found, MADE_BY), _part(given, MADE_BY)))
+        others = (*MADE_BY, *LENGTHS, *COMPILED)
+        differences = [
+            *_differences(_part(found, others, False), _part(given, others, False)),
+            *_differences_of_length(found, given),
+        ]
+        if not differences:  # else the compiled program differs too, and says no more
+            compared = COMPILED[:1] if elsewhere else COMPILED
+            differences = list(_differences(_part(found, compared), _part(given, compared)))
         if differences:
             raise CheckpointError(
                 f"checkpoint {self._directory}: expected a run of this configuration, but "

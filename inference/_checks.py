@@ -2,7 +2,7 @@
 
 ``look`` runs the guide and the model abstractly at the batch's length and at one more. What it
 finds is a ``Programs``: the plates of the data, the sites, and the shapes of all parameters. A
-fault raises ``ProgramError`` in one line: where it is, what was expected, what came, what to do.
+fault raises ``ProgramError`` in one line: where, expected, got, what to do.
 """
 
 import copy
@@ -44,7 +44,7 @@ from inference.sites import (
     trace_of,
 )
 
-SUPPORT_ROWS = 4096  # data whose values are compared with their supports at a time
+SUPPORT_ROWS = 4096  # data that are compared with their supports at a time
 
 
 class ProgramError(ValueError):
@@ -593,7 +593,7 @@ def _check_no_stranger(draws: Mapping[str, Site], sites: Mapping[str, Site]) -> 
 
 
 def _parameter_that_follows(here: dict[str, Any], longer: dict[str, Any]) -> str | None:
-    """The first parameter whose shape changes with the length of the batch, in words."""
+    """The first parameter that changes its shape with the length of the batch, in words."""
     for name, value in here.items():
         shapes = [jax.tree.map(jnp.shape, tree) for tree in (value, longer.get(name))]
         if shapes[0] != shapes[1]:
@@ -671,8 +671,8 @@ def check_mean_field(model: Program, guide: Program, batch: Batch, *, key: Array
 
     The divergence of q(z_i | its parents in the guide) from p(z_i | its parents in the model) is
     z_i's term of the ELBO only if no parent of z_i in the model is drawn from z_i in the guide.
-    The dependencies are those of the programs' log densities, whatever the order of the sites. A
-    site is left alone if NumPyro knows no formula for its divergence.
+    The dependencies come from the programs' log densities; the order of the sites does not count.
+    A site is left alone if NumPyro knows no formula for its divergence.
 
     Args:
         model, guide, batch, key: as in ``look``, which they have passed.

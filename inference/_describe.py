@@ -19,7 +19,7 @@ def describe_device() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of guidebook and of the packages whose arithmetic a run uses."""
+    """The installed versions of guidebook and of the packages that a run computes with."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 

@@ -1,4 +1,4 @@
-"""What is recorded of a run, on the host."""
+"""The traces of a run, on the host."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from inference.fit import Fit
 
 
 class History(NamedTuple):
-    """The traces of a run. NaN where nothing has been recorded."""
+    """The traces of a run, with NaN where nothing has been recorded."""
 
     num_steps: Int[np.ndarray, " seed"]
     elbo: Float[np.ndarray, "seed step"]
@@ -32,7 +32,7 @@ class History(NamedTuple):
 
     @classmethod
     def of(cls, fitted: Fit) -> "History":
-        """What a fit has recorded."""
+        """The traces of a fit."""
         assert fitted.state is not None
         steps = int(fitted.state.step)
         empty = cls.empty(fitted.num_seeds, steps, fitted.config["validate_every"])

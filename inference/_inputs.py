@@ -1,6 +1,6 @@
 """Everything that ``fit`` is given, checked once, in one room.
 
-``check`` returns what a run needs: arrays, a plan, and what is written down of both.
+``check`` returns what a run needs: arrays, a plan, and a description of both.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class Inputs:
         validation: held-out data as the programs take them, or None.
         params: values to start from, by name, with a seed axis.
         config: the settings and descriptions, JSON-able.
-        info: what was changed on the way, JSON-able.
+        info: notes on the data, such as converted types, JSON-able.
         batch: the abstract values of a prepared batch.
     """
 
@@ -88,17 +88,7 @@ def check(
     Raises:
         ValueError, TypeError: settings, data or programs that do not fit, in one line.
     """
-    trained: ELBO = Trace_ELBO() if objective is None else objective
-    check_objective(trained)
-    optimizer = optax.adam(1e-3) if optimizer is None else optimizer
-    if validation_objective is not None:
-        check_objective(validation_objective, "validation_objective")
-        if validation is None:
-            raise ValueError(
-                f"validation_objective: expected held-out data with it, got "
-                f"{type(validation_objective).__name__} alone; give validation="
-            )
-    check_optimizer(optimizer)
+    trained, optimizer = _objects(objective, validation_objective, optimizer, validation)
     arrays, validation, info = _arrays(model, preprocess, data, validation)
     settings = Settings.resolve(
         num_data=length(arrays),
@@ -108,10 +98,6 @@ def check(
     )
     check_length(traits(trained), settings)
     check_mesh(mesh, settings)
-    if mesh is not None:  # explicit axes would ask the programs to name shardings
-        auto = (AxisType.Auto,) * len(mesh.axis_names)
-        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
-
     key = random.key(settings.seed)
     batch = _first_batch(preprocess, settings, key, arrays)
     programs = look(
@@ -134,25 +120,55 @@ def check(
         optimizer=optimizer,
         preprocess=preprocess,
         settings=settings,
-        mesh=mesh,
+        mesh=mesh and _automatic(mesh),
         constrain=constrain_of(model, guide, trained, key, batch),
     )
     _check_values(plan, key, arrays, validation)
     if validation is not None:
         _check_validation(plan, arrays, validation, batch)
     params = _initial(init, programs, settings)
-    config = asdict(settings) | {
-        "model": describe_value(model),
-        "guide": describe_value(guide),
-        "objective": describe_value(trained),
+    config = _describe(plan, validation_objective, arrays, validation) | {"init": _digest(init)}
+    return Inputs(plan, arrays, validation, params, config, info, batch)
+
+
+def _objects(
+    objective: Any, validation_objective: Any, optimizer: Any, validation: Any
+) -> tuple[ELBO, optax.GradientTransformation]:
+    """The objective and the optimiser, checked, or the defaults."""
+    objective = Trace_ELBO() if objective is None else objective
+    optimizer = optax.adam(1e-3) if optimizer is None else optimizer
+    check_objective(objective)
+    check_optimizer(optimizer)
+    if validation_objective is not None:
+        check_objective(validation_objective, "validation_objective")
+        if validation is None:
+            raise ValueError(
+                f"validation_objective: expected held-out data with it, got "
+                f"{type(validation_objective).__name__} alone; give validation="
+            )
+    return objective, optimizer
+
+
+def _automatic(mesh: Mesh) -> Mesh:
+    """The mesh with automatic axes. Explicit ones would ask the programs to name shardings."""
+    auto = (AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
+
+
+def _describe(
+    plan: Plan, validation_objective: Any, arrays: Arrays, validation: Arrays | None
+) -> dict[str, Any]:
+    """The settings, programs and data in words that a JSON file holds."""
+    return asdict(plan.settings) | {
+        "model": describe_value(plan.model),
+        "guide": describe_value(plan.guide),
+        "objective": describe_value(plan.objective),
         "validation_objective": describe_value(validation_objective),
-        "optimizer": describe_optimizer(optimizer),
-        "preprocess": describe_value(preprocess),
+        "optimizer": describe_optimizer(plan.optimizer),
+        "preprocess": describe_value(plan.preprocess),
         "data": describe_arrays(arrays, contents=True),
         "validation": None if validation is None else describe_arrays(validation, contents=True),
-        "init": _digest(init),
     }
-    return Inputs(plan, arrays, validation, params, config, info, batch)
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -161,7 +177,7 @@ def check(
 def _arrays(
     model: Program, preprocess: Any, data: Any, validation: Any
 ) -> tuple[Arrays, Arrays | None, dict[str, Any]]:
-    """The training data, the held-out data as the programs take them, and what was changed."""
+    """The training data, the held-out data as the programs take them, and notes on both."""
     arrays = as_arrays(data)
     num_data = check_arrays(arrays)
     if isinstance(data, Prepared) and preprocess is not None:
@@ -286,7 +302,7 @@ def _check_validation(
     programs, objective = plan.programs, plan.validation_objective
     if not programs.plates:
         raise ValueError(
-            "validation: expected a model with a plate for its data, whose terms belong to data, "
+            "validation: expected a model with a plate for its data, "
             'got one without; put the data in numpyro.plate("data", len(x)), or leave validation '
             "out"
         )
@@ -310,7 +326,7 @@ def _check_validation(
 def _start(
     init: Any, num_seeds: int | None, seed: int | None, num_data: int, batch_size: int | None
 ) -> dict[str, Any]:
-    """Seeds and first step: those of the fit that the run goes on with, or the defaults."""
+    """Seeds and first step, from the fit that the run goes on with, or the defaults."""
     require_whole("num_seeds", num_seeds, 1)
     require_whole("seed", seed, 0)
     if init is not None and not isinstance(init, Fit | Mapping):

@@ -2,7 +2,7 @@
 
 A judge takes a fit and data and answers for every seed at once. It makes the checks that ``fit``
 makes, once per fit and shape of data. It goes through the data in batches, by one compiled
-program, so its memory depends on neither the number of data nor the number of draws.
+program. So its memory does not grow with the number of data or of draws.
 """
 
 import functools
@@ -38,7 +38,7 @@ class Judged(NamedTuple):
 
     Attributes:
         arrays: as the programs take them.
-        programs: what is known of the programs on data of these shapes.
+        programs: the facts about the programs on data of these shapes.
         described: of each array its type, shape and hash.
     """
 
@@ -128,10 +128,10 @@ def support_of(model: Any, guide: Any, params: Any) -> Any:
 
 
 def require_local(judged: Judged, name: str) -> None:
-    """Raises ValueError where a datum has no number of its own.
+    """Raises ValueError for programs that give no number to a single datum.
 
     Args:
-        judged: the data and what is known of the programs.
+        judged: the data and the facts about the programs.
         name: the judge's.
     """
     programs = judged.programs

@@ -122,7 +122,7 @@ def compile_steps(inputs: Inputs, placed: tuple[Any, Any, Any], began: float) ->
 
 
 def start(run: Run, init: Any, checkpoint: str | os.PathLike | None) -> None:
-    """The first state: a checkpoint's, that of the fit to go on with, or a new one."""
+    """The first state, from a checkpoint, from the fit to go on with, or a new one."""
     settings, found = run.settings, None
     if checkpoint is not None:
         run.checkpoints = Checkpoints(checkpoint, run.inputs.config | run.identity)

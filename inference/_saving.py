@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +13,43 @@ from jax import random
 
 from inference._checks import look
 from inference._describe import versions
-from inference._steps import SEED_AXES, Preprocess, State
-from inference.fit import Fit, FitError, compare_shapes, path_of, shapes_of
+from inference._steps import SEED_AXES, State
 from inference.sites import Program
 
 FORMAT = 1  # the number of the newest format
 
 
-def save(result: Fit, path: Path) -> None:
-    """Writes a fit: ``fit.json`` and ``arrays.npz``."""
-    trees = {"params": result.params, "mutable": result.mutable}
-    if result.state is not None:
-        trees["state"] = result.state._asdict()
+SAVED = ("params", "mutable", "elbo", "validation_elbo", "state", "config", "info", "batch")
+
+
+class FitError(ValueError):
+    """A saved fit that cannot be read, or that belongs to other programs."""
+
+
+def write(path: Path, fields: Mapping[str, Any]) -> None:
+    """Writes the fields of a fit into a directory.
+
+    Raises:
+        FitError: the directory holds something else, or cannot be written.
+    """
+    trees = {"params": fields["params"], "mutable": fields["mutable"]}
+    if fields["state"] is not None:
+        trees["state"] = fields["state"]._asdict()
     arrays, kinds = {}, {}
     for prefix, tree in trees.items():
         for path_in_tree, leaf in jax.tree_util.tree_leaves_with_path(tree):
             name = f"{prefix}{path_of(path_in_tree)}"
             arrays[name], kinds[name] = _plain(leaf)
-    arrays["elbo"], kinds["elbo"] = _plain(result.elbo)
-    if result.validation_elbo is not None:
-        arrays["validation_elbo"], kinds["validation_elbo"] = _plain(result.validation_elbo)
+    arrays["elbo"], kinds["elbo"] = _plain(fields["elbo"])
+    if fields["validation_elbo"] is not None:
+        arrays["validation_elbo"], kinds["validation_elbo"] = _plain(fields["validation_elbo"])
     described = {
         "format": FORMAT,
         "guidebook": versions()["guidebook"],
-        "config": result.config,
-        "info": result.info,
-        "batch": {name: [str(a.dtype), list(a.shape)] for name, a in result.batch.items()},
-        "has_state": result.state is not None,
+        "config": fields["config"],
+        "info": fields["info"],
+        "batch": {name: [str(a.dtype), list(a.shape)] for name, a in fields["batch"].items()},
+        "has_state": fields["state"] is not None,
         "arrays": kinds,
     }
     try:
@@ -60,10 +71,13 @@ def save(result: Fit, path: Path) -> None:
         ) from error
 
 
-def load(path: Path, model: Program, guide: Program, preprocess: Preprocess | None) -> Fit:
-    """Reads a fit and compares it with the programs."""
+def read(path: Path, model: Program, guide: Program) -> dict[str, Any]:
+    """Reads the fields of a fit and compares them with the programs.
+
+    Raises:
+        FitError: the directory is damaged or foreign, or the programs have other parameters.
+    """
     described, arrays = _read(path)
-    config, info = described["config"], described["info"]
     batch = {
         name: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
         for name, (dtype, shape) in described["batch"].items()
@@ -89,22 +103,20 @@ def load(path: Path, model: Program, guide: Program, preprocess: Preprocess | No
         single += ["best_elbo", "num_stale", "active"]
         known: dict[str, Any] = {n: v[0] if n in single else v for n, v in fields.items()}
         state = State(**known)
-    return Fit(
-        model,
-        guide,
-        preprocess,
-        *trees,
-        elbo=arrays["elbo"],
-        validation_elbo=arrays.get("validation_elbo"),
-        state=state,
-        config=config,
-        info=info,
-        batch=batch,
-    )
+    return {
+        "params": trees[0],
+        "mutable": trees[1],
+        "elbo": arrays["elbo"],
+        "validation_elbo": arrays.get("validation_elbo"),
+        "state": state,
+        "config": described["config"],
+        "info": described["info"],
+        "batch": batch,
+    }
 
 
 def _plain(leaf: Any) -> tuple[np.ndarray, str]:
-    """An array that NumPy's format holds, and what it was."""
+    """An array that NumPy's format holds, and the name of its type."""
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return np.asarray(random.key_data(leaf)), "key"
     array = np.asarray(leaf)
@@ -148,3 +160,28 @@ def _restored(array: np.ndarray, kind: str) -> Any:
     if kind == "key":
         return random.wrap_key_data(jnp.asarray(array))
     return array if array.dtype.name == kind else array.view(jnp.dtype(kind))
+
+
+def shapes_of(tree: Any, seed_axis: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of a tree, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_of(p): tuple(np.shape(leaf))[seed_axis:] for p, leaf in leaves}
+
+
+def path_of(path: Any) -> str:
+    """A path in a tree, as text."""
+    return jax.tree_util.keystr(path)
+
+
+def compare_shapes(kind: str, expected: dict, got: dict, error: type[ValueError]) -> None:
+    """Raises where names or shapes of a fit's arrays are not those of the programs."""
+    for name in [*expected, *got]:
+        if expected.get(name) != got.get(name):
+            words = [
+                "none" if shapes.get(name) is None else f"shape {shapes[name]}"
+                for shapes in (expected, got)
+            ]
+            raise error(
+                f"{kind} {name}: expected {words[0]}, as the programs have it, got {words[1]} in "
+                f"the fit; give the programs that the parameters belong to"
+            )

@@ -36,7 +36,7 @@ class Settings:
         validate_every: 0 for never.
 
     Raises:
-        ValueError: a number is out of range. It says which, what was expected and what came.
+        ValueError: a number is out of range.
     """
 
     num_data: int
@@ -116,7 +116,7 @@ class Settings:
 
     @property
     def first_averaged(self) -> int:
-        """The first step, counted from 0, whose parameters enter the average."""
+        """The first step, counted from 0, that enters the average."""
         return self.first_step + round((1 - self.average) * (self.num_steps - self.first_step))
 
     @property

@@ -27,7 +27,7 @@ from inference.sites import Program, is_latent, length, trace_of
 Batch = Mapping[str, Array]
 Preprocess = Callable[[Array, Batch], Batch]
 
-MAX_CHUNK = 1024  # steps whose ELBO stays on the device between two looks of the host
+MAX_CHUNK = 1024  # the most steps that the device takes between two looks of the host
 INIT, ORDER, NOISE, VALIDATION = range(4)  # what the keys folded from a seed's key are for
 
 
@@ -105,7 +105,7 @@ def first_batch(plan: Plan, key: Array, data: Batch) -> Batch:
 
 
 def constrain_of(
-    model: Program, guide: Program, objective: ELBO, key: Array, batch: Batch
+    model: Program, guide: Program, objective: ELBO, key: Array, batch: Mapping[str, Any]
 ) -> Callable[[PyTree], dict[str, Any]]:
     """The function from one seed's unconstrained parameters to their values."""
     svi = SVI(model, guide, optax.identity(), objective)

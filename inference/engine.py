@@ -67,7 +67,7 @@ def fit(
         num_steps: how long to train, in steps.
         batch_size: data per step. All of them by default.
         preprocess: (key, batch) -> batch, on the device at every step.
-        num_seeds: independent restarts, trained together. The i-th is the run whose ``seed`` is
+        num_seeds: independent restarts, trained together. The i-th is the run with the seed
             ``seed + i``.
         seed: the random seed of the first restart.
         init: where to start. From a Fit the run goes on: steps, random numbers, seeds and the
@@ -86,7 +86,7 @@ def fit(
         checkpoint: a directory. The run is saved there at intervals and at its end. The same call
             finds it there and goes on, to the same bits.
         checkpoint_every: seconds from one checkpoint to the next.
-        mesh: devices over whose axis "data" every batch is split. Parameters are replicated.
+        mesh: devices. Every batch is split over the axis "data"; parameters are replicated.
         progress: whether to show progress: a bar on a screen, a line a minute in a log file.
 
     Raises:

@@ -24,7 +24,7 @@ from inference.fit import Fit
 from inference.sites import DataPlates, Program, elementwise_kl, length
 
 DRAWS_AT_ONCE = 20  # of every datum of a batch, in memory together
-FEWEST_FOR_TAIL = 30  # draws, of which six make the smallest tail that ArviZ can fit
+FEWEST_FOR_TAIL = 30  # draws: six of them make the smallest tail that ArviZ can fit
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Estimate:
         monte_carlo_variance: (seed, N), the variance that comes from the Monte Carlo draws (to
             first order in 1 / num_samples), where it is known.
         pareto_k: (seed, N), the shape k-hat of the tail of each datum's importance weights
-            (Vehtari et al. 2024, section 3), where there are weights and enough of them. -inf if
+            (Vehtari et al. 2024, section 3), from 30 draws on. -inf if
             all weights in the tail are equal (the lightest possible tail). NaN if none could be
             fitted.
     """
@@ -84,7 +84,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ElboTerms:
-    """The ELBO of each datum, and what it is made of.
+    """The ELBO of each datum, and its terms.
 
     Attributes:
         elbo, reconstruction, kl: with elbo = reconstruction - kl. The divergence is exact where
@@ -148,7 +148,7 @@ class LabelCheck:
 
     @property
     def accuracy(self) -> Estimate:
-        """The share of data whose true label has the greatest likelihood."""
+        """The share of data for which the true label has the greatest likelihood."""
         right = self.log_likelihood.argmax(2) == self.c
         return Estimate("label_accuracy", right.astype(float), self.num_samples, self.data)
 

@@ -19,14 +19,11 @@ from jaxtyping import Float
 from inference._checks import ProgramError, Programs, look
 from inference._data import Arrays, Prepared, as_arrays, check_arrays
 from inference._describe import describe_arrays, describe_device, describe_value, versions
+from inference._saving import SAVED, compare_shapes, read, shapes_of, write
 from inference._steps import Preprocess, State, by_seed
 from inference.sites import ChecksData, Program, abstract
 
 PREPARE_SEED = 20_150_901  # data are prepared once with it: the same for every fit
-
-
-class FitError(ValueError):
-    """A saved fit that cannot be read, or that belongs to other programs."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -181,9 +178,8 @@ class Fit:
         Raises:
             FitError: the directory holds something else, or cannot be written.
         """
-        from inference import _saving
-
-        _saving.save(self, Path(path))
+        fields = {name: getattr(self, name) for name in SAVED}
+        write(Path(path), fields)
 
     @staticmethod
     def load(
@@ -193,7 +189,7 @@ class Fit:
         *,
         preprocess: Preprocess | None = None,
     ) -> "Fit":
-        """Reads a fit. It needs neither the data nor the device of the training.
+        """Reads a fit. The data and the device of the training are not needed.
 
         Args:
             path: the directory that ``save`` wrote.
@@ -203,9 +199,7 @@ class Fit:
         Raises:
             FitError: the directory is damaged or foreign, or the programs have other parameters.
         """
-        from inference import _saving
-
-        return _saving.load(Path(path), model, guide, preprocess)
+        return Fit(model, guide, preprocess, **read(Path(path), model, guide))
 
     @staticmethod
     def from_params(
@@ -369,7 +363,7 @@ def site_dims(result: Fit) -> dict[str, list[str]]:
 
 
 def _check_params(result: Fit, found: Programs) -> None:
-    """The fit's parameters are those of its programs."""
+    """The programs have the fit's parameters."""
     for kind, expected, got in (
         ("parameter", found.params, result.params),
         ("mutable site", found.mutable, result.mutable),
@@ -386,31 +380,6 @@ def tied_message(found: Programs) -> str:
         f"data: expected those that the guide was fitted to, since {found.tied_to}, got others; "
         f"fit a guide to these data, with the model held (inference.Held)"
     )
-
-
-def shapes_of(tree: Any, seed_axis: bool = False) -> dict[str, tuple[int, ...]]:
-    """The shape of every array of a tree, by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_of(p): tuple(np.shape(leaf))[seed_axis:] for p, leaf in leaves}
-
-
-def path_of(path: Any) -> str:
-    """A path in a tree, as text."""
-    return jax.tree_util.keystr(path)
-
-
-def compare_shapes(kind: str, expected: dict, got: dict, error: type[ValueError]) -> None:
-    """Raises where names or shapes of a fit's arrays are not those of the programs."""
-    for name in [*expected, *got]:
-        if expected.get(name) != got.get(name):
-            words = [
-                "none" if shapes.get(name) is None else f"shape {shapes[name]}"
-                for shapes in (expected, got)
-            ]
-            raise error(
-                f"{kind} {name}: expected {words[0]}, as the programs have it, got {words[1]} in "
-                f"the fit; give the programs that the parameters belong to"
-            )
 
 
 class NonFiniteError(FloatingPointError):

@@ -1,8 +1,8 @@
 """What a fitted model is for: sample, encode, decode, reconstruct, interpolate, traverse.
 
-Functions of a fit. Conditions are given by keyword, as the model takes them. What comes back are
-values by site name with the seed first, then the draw where there are draws, then the datum:
-(seed, draw, datum, ...). A global site has no datum axis.
+Functions of a fit. Conditions are given by keyword, as the model takes them. They return values by
+site name, (seed, draw, datum, ...), or (seed, datum, ...) if there are no draws. A global site has
+no datum axis.
 """
 
 import inspect
@@ -109,7 +109,7 @@ def sample_posterior_predictive(
 def encode(result: Fit, data: Any, *, key: Array | None = None) -> Values:
     """The mean of q(z | x, c) at every latent site, or with a key one draw.
 
-    A mean without a formula is that of a thousand draws. In a chain of latent sites it is the mean
+    A mean without a formula is taken over a thousand draws. In a chain of latent sites it is the mean
     given a draw of the sites before it.
 
     Args:
@@ -209,7 +209,7 @@ def interpolate(
 def traverse(
     latents: Mapping[str, Any], site: str, dim: int, values: Any
 ) -> dict[str, Float[np.ndarray, "seed datum ..."]]:
-    """Latents in which one dimension of a site takes ``values`` and the others stay.
+    """Latents along one dimension of a site, with the others fixed.
 
     Args:
         latents: by site, (seed, ...), one latent each.

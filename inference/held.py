@@ -15,7 +15,7 @@ OFFERS = {"prepare": Prepares, "check_data": ChecksData, "encoder": HasEncoder}
 class Held:
     """A NumPyro program with some of its parameters held at given values.
 
-    They are no parameters any more: ``fit`` neither trains nor returns them, and judges take the
+    They are no parameters any more. ``fit`` does not train or return them, and judges take the
     rest. With all of a model's held, training fits the guide alone:
 
         held = Held(model, {name: params[name] for name in ("W", "b", "sigma")})

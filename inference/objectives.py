@@ -135,10 +135,12 @@ def check_objective(value: Any, name: str = "objective") -> None:
         return
     known = 'write Trace_ELBO(), or inference.OBJECTIVES["Trace_ELBO"](num_particles)'
     if isinstance(value, type) and issubclass(value, ELBO):
-        parameters = inspect.signature(value).parameters.values()
-        needed = any(p.default is p.empty and p.kind not in (2, 4) for p in parameters)
-        got = f"the class {value.__name__}"
-        known = f"write {value.__name__}({'...' if needed else ''})"
+        try:
+            inspect.signature(value).bind()
+            arguments = ""
+        except TypeError:
+            arguments = "..."
+        got, known = f"the class {value.__name__}", f"write {value.__name__}({arguments})"
     elif isinstance(value, str):
         got = f"the name {value!r}"
         if value in OBJECTIVES:

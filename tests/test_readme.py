@@ -1,13 +1,13 @@
-"""README.md keeps its word: its Python is executed, its commands are executed or checked.
+"""README.md and its pages keep their word: Python is executed, commands are executed or checked.
 
-``python`` blocks are one program, executed from top to bottom in an empty directory.
+``python`` blocks of a page are one program, executed from top to bottom in an empty directory.
 
 ``bash`` blocks hold one command a line, and each is executed or checked by the rule of ``check``
-that knows it; so is a command within a sentence, `` `uv sync` ``. An experiment is executed, in an
-empty directory, with the README's arguments and the settings of ``SMALL`` after them. What would
-take long or change the machine is only checked: an installation names extras that exist, a
-benchmark accepts its arguments and ``--help``, and the test suite is started as in ``.ci/run``.
-A command that no rule knows fails, so that a new kind of command comes with a new rule.
+that knows it; so is a command within a sentence, `` `uv sync` ``. An experiment's settings are
+checked. The last command that names a script is executed, in an empty directory, with the page's
+arguments and the settings of ``SMALL`` after them. What would take long or change the machine is
+only checked: an installation names extras that exist, a benchmark accepts its arguments and
+``--help``, and the test suite is started as in ``.ci/run``. A command that no rule knows fails.
 
 ``text`` blocks show output, which differs from machine to machine, and ``bibtex`` blocks cite:
 these two are exempt. A block in any other language fails, and so does code without a fence.
@@ -31,7 +31,10 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    name: (ROOT / name).read_text()
+    for name in ("README.md", "models/README.md", "inference/README.md", "experiments/README.md")
+}
 CI = (ROOT / ".ci" / "run").read_text().splitlines()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NAME = PYPROJECT["project"]["name"]
@@ -49,6 +52,7 @@ SMALL = {
     "svhn_vae": "--dataset digits --channels 4 8 --hidden 8 --num-epochs 1 --num-train 200 "
     "--num-test 20 --num-samples 5 --no-progress",
     "compare": "",
+    "runs": "",
     "linear_gaussian": "--dataset digits --num-train 200 --num-latents 3 --num-steps 20 "
     "--no-progress",
     "gaussian_mean": "--num-data 2000 --num-steps 100 --batch-size 100 --num-seeds 2 --no-progress",
@@ -61,6 +65,9 @@ class ReadmeError(Exception):
 
 def refuse(number: int, line: str, message: str) -> None:
     raise ReadmeError(f"README.md, line {number}: {message}; got: {line.strip()}")
+
+
+TABLES = {"runs"}  # scripts that print and write nothing
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -133,18 +140,18 @@ def execute_python(text: str, directory: Path) -> None:
         runpy.run_path(str(program), run_name="readme")
 
 
-def check_command(number: int, command: str, directory: Path) -> None:
-    """Executes the command in ``directory``, or checks it, or fails."""
+def check_command(number: int, command: str, directory: Path, runs: bool = True) -> None:
+    """Executes the command in ``directory`` if ``runs``, or checks it, or fails."""
     try:
         for simple in re.split(r"\s&&\s", command):
-            check(shlex.split(simple, comments=True), directory)
+            check(shlex.split(simple, comments=True), directory, runs)
     except ReadmeError as error:
         refuse(number, command, str(error))
     except ValueError as error:
         refuse(number, command, f"expected words: {error}")
 
 
-def check(words: list[str], directory: Path) -> None:
+def check(words: list[str], directory: Path, runs: bool = True) -> None:
     if shlex.join(words) in CI:
         return  # word for word what is run to check every change
     settings = {}
@@ -172,7 +179,9 @@ def check(words: list[str], directory: Path) -> None:
             pass
         case ["python", script, *arguments] if script.startswith("experiments/"):
             check_arguments(script, arguments)
-            if script.startswith("experiments/benchmarks/"):
+            if not runs:
+                pass
+            elif script.startswith("experiments/benchmarks/"):
                 execute([str(ROOT / script), "--help"], settings, directory)
             else:
                 execute_experiment(script, arguments, settings, directory)
@@ -224,7 +233,8 @@ def execute_experiment(
     if small is None:
         raise ReadmeError(f"expected small settings for {script} in SMALL")
     execute([str(ROOT / script), *arguments, *small.split()], settings, directory)
-    if "--help" not in arguments and not list(directory.rglob("result.json")):
+    writes = "--help" not in arguments and Path(script).stem not in TABLES
+    if writes and not list(directory.rglob("result.json")):
         raise ReadmeError("expected a result.json")
 
 
@@ -245,31 +255,54 @@ def execute(arguments: list[str], settings: dict[str, str], directory: Path) -> 
         raise ReadmeError("expected output")
 
 
-# --- the README -----------------------------------------------------------------------------------
+# --- the pages -----------------------------------------------------------------------------------
+
+COMMANDS = [(page, *found) for page, text in PAGES.items() for found in read_commands(text)]
+LAST = {  # the line that executes a script
+    script: (page, number)
+    for page, number, command in COMMANDS
+    for script in re.findall(r"experiments/[\w/]+\.py", command)
+}
 
 
 def test_there_are_python_and_commands():
-    assert README.strip(), "README.md: expected blocks of python and of bash, got an empty file"
-    assert read_python(README).strip(), "README.md: expected a block of python, got none"
-    assert list(read_commands(README)), "README.md: expected a command, got none"
-
-
-def test_python(tmp_path):
-    execute_python(README, tmp_path)
+    readme = PAGES["README.md"]
+    assert read_python(readme).strip(), "README.md: expected a block of python, got none"
+    assert list(read_commands(readme)), "README.md: expected a command, got none"
 
 
 @pytest.mark.parametrize(
-    ("number", "command"),
-    [pytest.param(*found, id=f"line {found[0]}: {found[1]}") for found in read_commands(README)],
+    "page", [page for page, text in PAGES.items() if read_python(text).strip()]
 )
-def test_command(number, command, tmp_path):
-    check_command(number, command, tmp_path)
+def test_python(page, tmp_path):
+    execute_python(PAGES[page], tmp_path)
 
 
-def test_files_it_links_to_exist():
-    targets = re.findall(r"\]\(([^)#\s]+)|(?:src|href)=\"([^\"#]+)", README)
-    files = [a or b for a, b in targets if "://" not in a + b]
-    assert [name for name in files if not (ROOT / name).exists()] == []
+@pytest.mark.parametrize(
+    ("page", "number", "command"),
+    [pytest.param(*found, id=f"{found[0]} {found[1]}: {found[2]}") for found in COMMANDS],
+)
+def test_command(page, number, command, tmp_path):
+    check_command(number, command, tmp_path, runs=(page, number) in LAST.values())
+
+
+def anchors(page):
+    """The names that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", PAGES[page], flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_links_to_exists(page):
+    here = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = (here / name).resolve() if name else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(str(path.relative_to(ROOT))), target
 
 
 # --- the rules, tested ----------------------------------------------------------------------------

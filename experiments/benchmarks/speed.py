@@ -2,12 +2,13 @@
 
     python experiments/benchmarks/speed.py
 
-Every contestant runs the same number of steps in turn, round after round, and the table gives
-medians of the steady loop, compilation apart, as ratios to the scan written by hand. Absolute
-times are this machine's alone.
+Every contestant runs the same number of steps in turn, round after round. The table gives medians
+of the steady loop without compilation, and ratios to the scan written by hand. Absolute times hold
+for this machine alone.
 
-The hand-written scans use no NumPyro: one ``lax.scan`` over shuffle, gather, gradient and Adam,
-with JAX's own random numbers and the order of data from the same function that ``fit`` uses.
+The hand-written scans use no NumPyro. They are one ``lax.scan`` over shuffle, gather, gradient and
+Adam. They draw JAX's own random numbers, and the order of data comes from the same function that
+``fit`` uses.
 """
 
 import contextlib
@@ -31,9 +32,9 @@ from numpyro.infer import SVI, Trace_ELBO
 from tabulate import tabulate
 
 from inference import fit
-from inference.shuffle import epoch_word, permute
+from inference._shuffle import epoch_word, permute
 from models import gaussian_mean, guides, vae
-from models.networks import SCALE_FLOOR, Decoder, Encoder
+from models.networks import SCALE_FLOOR, Decoder
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Config:
     """Time ``fit`` beside hand-written JAX and NumPyro's SVI.run.
 
     Attributes:
-        toy_steps: steps of the Gaussian unknown mean, at batch 1,000 from 100,000 data.
-        vae_epochs: epochs of the 784-400-50-400-784 VAE, at batch 128 from 60,000 images; 0
-            leaves the VAE out.
-        svhn_steps: steps of the convolutional VAE, at batch 100; 0 leaves it out.
-        rounds: how often each contestant runs.
+        toy_steps: Steps of the Gaussian unknown mean, at batch 1,000 from 100,000 data.
+        vae_epochs: Epochs of the 784-400-50-400-784 VAE, at batch 128 from 60,000 images. 0 leaves
+            the VAE out.
+        svhn_steps: Steps of the convolutional VAE, at batch 100. 0 leaves it out.
+        rounds: How often each contestant runs.
     """
 
     toy_steps: int = 10_000
@@ -280,8 +281,17 @@ SVHN_GUIDE = guides.mean_field(SVHN_MODEL)
 
 def svhn_networks(rngs):
     """The encoder and the decoder, as Flax makes them."""
-    encoder = Encoder(SVHN_MODEL, SVHN_GUIDE.hidden, 2 * SVHN_MODEL.num_latents, rngs=rngs)
-    return {"encoder": encoder, "decoder": Decoder(SVHN_MODEL, rngs=rngs)}
+    decoder = Decoder(
+        SVHN_MODEL.num_latents,
+        SVHN_MODEL.hidden,
+        SVHN_MODEL.x_shape,
+        channels=SVHN_MODEL.channels,
+        rngs=rngs,
+    )
+    return {
+        "encoder": SVHN_MODEL.encoder(2 * SVHN_MODEL.num_latents, rngs=rngs),
+        "decoder": decoder,
+    }
 
 
 def svhn_init(key):

@@ -1,4 +1,4 @@
-"""The checks before the first step: correct programs pass in silence, each fault has its message.
+"""The look at the programs: correct ones pass in silence, each fault has its message.
 
 The faulty programs differ from `model` and `guide` below in one place each.
 """
@@ -20,7 +20,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.contrib.module import nnx_module
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from inference._checks import ProgramError, Programs, look
+from inference._checks import ProgramError, Programs, check_supports, look, support_check
 
 SIZE, WIDTH = 8, 3
 BATCH = {
@@ -31,7 +31,11 @@ Program = Callable[..., Any]
 
 
 def check(
-    model: Program, guide: Program, batch: dict[str, Any] = BATCH, whole: bool = False, **kwargs: Any
+    model: Program,
+    guide: Program,
+    batch: dict[str, Any] = BATCH,
+    whole: bool = False,
+    **kwargs: Any,
 ) -> Programs:
     return look(model, guide, batch, key=jax.random.key(0), whole=whole, **kwargs)
 
@@ -93,9 +97,9 @@ def test_nothing_is_computed_and_no_tracer_escapes() -> None:
         seen.append(isinstance(c, Tracer))
         model(c, x)
 
-    with jax.check_tracer_leaks():
-        check(watched, guide)
-    assert seen == [True]
+    found = check(watched, guide)
+    assert seen == [True, True]  # at the batch's length and at one more
+    assert found.params == {"mu_loc": jax.ShapeDtypeStruct((), jnp.float32, weak_type=True)}
 
 
 def test_axis_of_length_one_needs_no_plate() -> None:
@@ -200,10 +204,95 @@ def test_scan_over_time_passes() -> None:
 
 def test_autoguide_passes_and_can_be_used_afterwards() -> None:
     automatic = AutoNormal(model)
-    check(model, automatic)
+    found = check(model, automatic, whole=True)
+    assert "z_auto_loc" in (found.tied_to or "")
     assert automatic.prototype_trace is None
     data = {"c": jnp.zeros(SIZE), "x": jnp.zeros((SIZE, WIDTH))}
     assert handlers.seed(automatic, 0)(**data)["z"].shape == (SIZE, 2)
+
+
+# --- what is found --------------------------------------------------------------------------------
+
+
+def test_plates_of_the_data_have_any_name_and_global_sites_lie_outside() -> None:
+    def program(x: Array, obs: Array | None) -> None:
+        numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        with numpyro.plate("columns", WIDTH, dim=-1):
+            numpyro.sample("scale", dist.LogNormal(0.0, 1.0))
+            with numpyro.plate("people", len(x), dim=-2):
+                numpyro.sample("z", normal((2,)))
+                if obs is not None:
+                    numpyro.sample("x", dist.Normal(0.0, 1.0), obs=obs)
+
+    found = check(lambda x: program(x, x), lambda x: program(x, None), {"x": BATCH["x"]})
+    assert found.plates.names == {"people"}
+    assert set(found.globals) == {"mu", "scale"}
+    assert found.takes_batches
+    dims = {name: axes.dims for name, axes in (found.latents | found.observed).items()}
+    assert dims == {
+        "mu": (),
+        "scale": ("columns",),
+        "z": ("data", "columns", "z_dim_0"),
+        "x": ("data", "columns"),
+    }
+    assert found.latents["z"].data_axis == -3
+    assert found.observed["x"].data_axis == -2
+    assert found.latents["scale"].data_axis is None
+
+
+def test_global_site_with_axes_outside_plates_passes() -> None:
+    def regression(c: Array, x: Array) -> None:
+        w = numpyro.sample("w", dist.Normal(jnp.zeros(WIDTH), 1.0))
+        with numpyro.plate("rows", len(c)):
+            numpyro.sample("x", dist.Normal(c[:, None] * w, 1.0).to_event(1), obs=x)
+
+    found = check(regression, AutoNormal(regression))
+    assert found.globals == ("w",)
+    assert found.tied_to is None
+
+
+def test_programs_without_a_plate_take_whole_data_alone() -> None:
+    def plateless(x: Array) -> None:
+        m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(m * jnp.ones(x.shape), 1.0), obs=x)
+
+    def plateless_guide(x: Array) -> None:
+        numpyro.sample("m", dist.Normal(0.0, 1.0))
+
+    assert not check(plateless, plateless_guide, {"x": BATCH["x"]}, whole=True).plates
+    with pytest.raises(ProgramError, match=r"batch_size: .*no plate .*leave batch_size out") as e:
+        check(plateless, plateless_guide, {"x": BATCH["x"]})
+    assert message(e)
+
+
+def test_programs_of_one_length_take_whole_data_alone() -> None:
+    def fixed(x: Array) -> None:
+        with numpyro.plate("rows", SIZE):
+            numpyro.sample("x", dist.Normal(jnp.arange(SIZE) * x[:, 0], 1.0), obs=x[:, 1])
+
+    found = check(fixed, lambda x: None, {"x": BATCH["x"]}, whole=True)
+    assert found.plates.names == {"rows"}
+    assert found.tied_to == "it runs with 8 data alone"
+    half = {"x": jax.ShapeDtypeStruct((SIZE // 2, WIDTH), jnp.float32)}
+    with pytest.raises(ProgramError, match=r"run with all 8 and fail with 4.*leave batch_size out"):
+        check(fixed, lambda x: None, half, num_data=SIZE)
+
+
+def test_sites_to_sum_over_are_found() -> None:
+    def mixture(c: Array) -> None:
+        with numpyro.plate("rows", len(c)):
+            k = numpyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            numpyro.sample("c", dist.Normal(k, 1.0), obs=c)
+
+    def drawn(c: Array) -> None:
+        with numpyro.plate("rows", len(c)):
+            numpyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+
+    batch = {"c": BATCH["c"]}
+    found = check(mixture, lambda c: None, batch, can_infer_discrete=True)
+    assert (found.summed, found.enumerated) == (("k",), ())
+    found = check(mixture, drawn, batch, can_infer_discrete=True)
+    assert (found.summed, found.enumerated) == ((), ("k",))
 
 
 # --- faults of the programs -----------------------------------------------------------------------
@@ -295,41 +384,39 @@ def test_different_plates() -> None:
     assert message(error)
 
 
-def test_plate_on_one_side_only() -> None:
-    def faulty(c: Array, x: Array) -> None:
+def test_site_that_is_local_on_one_side_only() -> None:
+    def local(c: Array, x: Array) -> None:
         with numpyro.plate("data", c.shape[0]):
             numpyro.sample("mu", dist.Normal(0.0, 1.0))
             numpyro.sample("z", normal((2,)))
 
-    with pytest.raises(ProgramError, match=r"guide site 'mu'.*no plate.*data \(dim -1, size 8\)"):
-        check(model, faulty)
+    with pytest.raises(ProgramError, match=r"guide site 'mu'.*batch shape \(\).*got \(8,\)") as e:
+        check(model, local)
+    assert message(e)
 
 
-def test_batch_axis_without_any_plate() -> None:
+def test_axis_of_the_data_without_any_plate() -> None:
     def faulty(c: Array, x: Array) -> None:
         numpyro.sample("mu", dist.Normal(0.0, 1.0))
         numpyro.sample("z", dist.Normal(jnp.zeros((c.shape[0], 2)), 1.0).to_event(1))
 
-    with pytest.raises(ProgramError, match=r"guide site 'z'.*axis -1 of size 8.*\(8,\)") as error:
-        check(model, faulty)
-    assert "numpyro.plate(...)" in message(error)
-    assert ".to_event(k)" in message(error)
+    expected = r"guide site 'z'.*inside a plate, got axis -1 of batch shape \(8,\) in no plate"
+    for whole in (False, True):
+        with pytest.raises(ProgramError, match=expected) as error:
+            check(model, faulty, whole=whole)
+        assert "numpyro.plate(" in message(error)
 
 
-def test_batch_axis_beside_a_plate() -> None:
+def test_axis_of_the_data_beside_a_plate() -> None:
     def faulty(c: Array, x: Array) -> None:
-        with numpyro.plate("data", c.shape[0]):
-            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
-            logits = jnp.broadcast_to(z, (WIDTH, SIZE))
-            numpyro.sample("x", dist.Bernoulli(logits=logits), obs=x.T)
+        with numpyro.plate("rows", c.shape[0]):
+            numpyro.sample(
+                "x", dist.Normal(jnp.zeros((len(c), 1)), 1.0), obs=jnp.zeros((len(c),) * 2)
+            )
 
-    def faulty_guide(c: Array, x: Array) -> None:
-        with numpyro.plate("data", c.shape[0]):
-            numpyro.sample("z", dist.Normal(0.0, 1.0))
-
-    expected = r"model site 'x'.*axis -2 of size 3 in batch shape \(3, 8\) with data \(dim -1, size"
+    expected = r"model site 'x'.*axis -2 of batch shape \(8, 8\) in rows \(dim -1, size 8\)"
     with pytest.raises(ProgramError, match=expected) as error:
-        check(faulty, faulty_guide)
+        check(faulty, lambda c, x: None)
     assert message(error)
 
 
@@ -358,23 +445,12 @@ def test_batch_axis_in_a_plate_of_one() -> None:
         check(faulty, guide)
 
 
-def test_sample_shape_outside_a_plate() -> None:
-    def faulty(c: Array, x: Array) -> None:
-        guide(c, x)
-        numpyro.sample(
-            "noise", dist.Normal(0.0, 1.0), sample_shape=(5,), infer={"is_auxiliary": True}
-        )
-
-    with pytest.raises(ProgramError, match=r"guide site 'noise'.*axis -1 of size 5.*\(5,\)"):
-        check(model, faulty)
-
-
-def test_factor_of_a_batch_outside_a_plate() -> None:
+def test_factor_of_the_data_outside_a_plate() -> None:
     def faulty(c: Array, x: Array) -> None:
         model(c, x)
-        numpyro.factor("penalty", jnp.zeros(SIZE))
+        numpyro.factor("penalty", jnp.zeros(len(c)))
 
-    with pytest.raises(ProgramError, match=r"model site 'penalty'.*axis -1 of size 8.*sum it"):
+    with pytest.raises(ProgramError, match=r"model site 'penalty'.*axis -1 of batch shape \(8,\)"):
         check(faulty, guide)
 
 
@@ -388,51 +464,40 @@ def test_observed_value_that_broadcasts(given: tuple[int, ...]) -> None:
     assert str(given) in message(error)
 
 
-def test_model_without_the_data_plate() -> None:
-    def faulty(c: Array, x: Array) -> None:
-        with numpyro.plate("rows", c.shape[0]):
-            numpyro.sample("x", normal((WIDTH,)), obs=x)
-
-    with pytest.raises(ProgramError, match=r"'data' of size 8.*\['x'\].*rows \(dim -1") as error:
-        check(faulty, lambda c, x: None)
-    assert "counted once" in message(error)
-
-
 def test_data_plate_with_nothing_inside() -> None:
     def faulty(c: Array, x: Array) -> None:
         with numpyro.plate("data", c.shape[0]):
             numpyro.deterministic("y", c)
         numpyro.sample("x", dist.Normal(x, 1.0).to_event(2), obs=x)
 
-    with pytest.raises(ProgramError, match=r"'data' of size 8.*\['x'\].*no plate"):
+    with pytest.raises(
+        ProgramError, match="batch_size: expected a model with a plate for its data"
+    ):
         check(faulty, lambda c, x: None)
 
 
 @pytest.mark.parametrize("role", ["model", "guide"])
-@pytest.mark.parametrize("subsample_size", [None, SIZE])
-def test_data_plate_of_another_size(role: str, subsample_size: int | None) -> None:
-    def faulty(c: Array, x: Array) -> None:
-        with numpyro.plate("data", 100, subsample_size=subsample_size):
-            (model if role == "model" else guide)(c, x)
+@pytest.mark.parametrize("sizes", [(100, SIZE), (SIZE, 4)])
+def test_plate_that_draws_batches_itself(role: str, sizes: tuple[int, int]) -> None:
+    def program(c: Array, observes: bool, draws: bool) -> None:
+        plate = numpyro.plate("rows", *sizes) if draws else numpyro.plate("rows", len(c))
+        with plate as rows:
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            if observes:
+                numpyro.sample("c", dist.Normal(z, 1.0), obs=c[rows] if draws else c)
 
-    programs = (faulty, guide) if role == "model" else (model, faulty)
-    with pytest.raises(ProgramError, match=f"{role} plate 'data'.*size 8.*got size 100") as error:
-        check(*programs)
+    def drawing_model(c: Array) -> None:
+        program(c, observes=True, draws=role == "model")
+
+    def drawing_guide(c: Array) -> None:
+        program(c, observes=False, draws=role == "guide")
+
+    with pytest.raises(
+        ProgramError, match=f"{role} plate 'rows'.*size 8.*size {sizes[0]}"
+    ) as error:
+        check(drawing_model, drawing_guide, {"c": BATCH["c"]})
+    assert f"subsample_size {sizes[1]}" in message(error)
     assert "the drawing of batches to the engine" in message(error)
-    assert ("subsample_size 8" in message(error)) == (subsample_size is not None)
-
-
-def test_data_plate_of_another_size_inside_a_scan() -> None:
-    def faulty(c: Array, x: Array) -> None:
-        def step(carry: None, x_t: Array) -> tuple[None, None]:
-            with numpyro.plate("data", 100):
-                numpyro.sample("x", dist.Normal(0.0, 1.0), obs=jnp.zeros(100))
-            return None, None
-
-        scan(step, None, x.T)
-
-    with pytest.raises(ProgramError, match=r"model plate 'data'.*size 8.*got size 100"):
-        check(faulty, lambda c, x: None)
 
 
 @pytest.mark.parametrize("role", ["model", "guide"])
@@ -451,7 +516,7 @@ def test_discrete_latent_site(role: str) -> None:
     batch = {"c": BATCH["c"]}
     with pytest.raises(ProgramError, match=rf"{role} site 'z'.*support Boolean\(\)") as error:
         check(model, guide, batch)
-    assert "sum it out" in message(error)
+    assert "TraceEnum_ELBO" in message(error)
     check(model, guide, batch, can_infer_discrete=True)
 
 
@@ -464,9 +529,37 @@ def test_discrete_latent_site_that_the_objective_sums_over_needs_no_partner() ->
     check(model, lambda c: None, {"c": BATCH["c"]}, can_infer_discrete=True)
 
 
-def test_autoguide_that_draws_local_latents_jointly() -> None:
-    with pytest.raises(ProgramError, match=r"guide site 'z'.*axis -1 of size 8"):
-        check(model, AutoMultivariateNormal(model))
+def test_guide_with_numbers_of_each_datum_takes_no_batches() -> None:
+    for automatic, named in ((AutoNormal, "z_auto_loc"), (AutoMultivariateNormal, "_auto_latent")):
+        with pytest.raises(ProgramError, match=f"guide.*{named!r}.*leave batch_size out"):
+            check(model, automatic(model))
+
+
+def test_parameter_that_follows_the_length_of_the_batch() -> None:
+    def faulty(c: Array, x: Array) -> None:
+        numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        z_loc = numpyro.param("z_loc", jnp.zeros((len(c), 2)))
+        with numpyro.plate("data", len(c)):
+            numpyro.sample("z", dist.Normal(z_loc, 1.0).to_event(1))
+
+    with pytest.raises(ProgramError, match="parameter 'z_loc' has one entry for each") as error:
+        check(model, faulty)
+    assert "use a guide with an encoder" in str(error.value)
+    assert not check(model, faulty, whole=True).takes_batches
+
+
+@pytest.mark.parametrize(
+    "number", [lambda c: len(np.unique(c)), lambda c: int(c.max()) + 1], ids=["numpy", "int"]
+)
+def test_program_that_needs_the_values_of_an_array(number: Callable[[Any], int]) -> None:
+    def faulty(c: Array, x: Array) -> None:
+        with numpyro.plate("groups", number(c)):
+            numpyro.sample("a", dist.Normal(0.0, 1.0))
+        model(c, x)
+
+    with pytest.raises(ProgramError, match=r"model: expected .* needs the values of 'c'") as error:
+        check(faulty, guide)
+    assert "functools.partial" in message(error)
 
 
 # --- programs that raise by themselves ------------------------------------------------------------
@@ -476,11 +569,17 @@ def notes(error: pytest.ExceptionInfo[Exception]) -> str:
     return "\n".join(error.value.__notes__)
 
 
-def test_unknown_keyword_argument_keeps_its_error_and_says_which_program() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'c'") as error:
-        check(lambda x: None, guide)
-    assert "raised by the model, called with keyword arguments" in notes(error)
-    assert "c: int32[8], x: uint8[8, 3]" in notes(error)
+def test_arrays_that_a_program_does_not_take() -> None:
+    for programs, role in (((lambda x: None, guide), "model"), ((model, lambda x: None), "guide")):
+        with pytest.raises(ProgramError, match=rf"data\['c'\]: .*the {role} takes .* x,") as error:
+            check(*programs)
+        assert message(error)
+
+
+def test_arrays_that_a_program_lacks() -> None:
+    with pytest.raises(ProgramError, match="model: expected data for its argument 'c', got x") as e:
+        check(model, guide, {"x": BATCH["x"]})
+    assert "functools.partial" in message(e)
 
 
 def test_own_error_of_a_program_keeps_its_type_and_says_at_which_site() -> None:
@@ -508,3 +607,42 @@ def test_batch_whose_arrays_differ_in_length() -> None:
     with pytest.raises(ValueError, match=r"batch: expected .*'c': 9, 'x': 8") as error:
         check(model, guide, batch)
     assert message(error)
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def outside(model: Program, batch: dict[str, Any], **params: Any) -> None:
+    """Compares the batch with the supports of a model without latents."""
+    counted = support_check(model, lambda **data: None, jax.eval_shape(lambda: params))
+    check_supports(counted, [(jax.random.key(0), batch)], model)
+
+
+def test_values_outside_the_support_of_their_site() -> None:
+    def program(x: Array) -> None:
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", dist.Bernoulli(0.5).expand([3]).to_event(1), obs=x)
+
+    outside(program, {"x": np.eye(3, dtype=np.float32)})
+    grey = np.array([[0, 1, 128], [255, 0, 0]], np.float32)
+    expected = "site 'x': .* got 2 outside in a batch of 2 data, which range from 0 to 255"
+    with pytest.raises(ValueError, match=expected) as error:
+        outside(program, {"x": grey})
+    assert message(error)
+
+
+def test_a_support_that_depends_on_a_parameter_is_not_compared() -> None:
+    def program(x: Array) -> None:
+        top = numpyro.param("top", 1.0)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", dist.Uniform(0.0, top), obs=x)
+
+    outside(program, {"x": np.array([0.5, 7.0], np.float32)}, top=jnp.zeros(()))
+
+
+def test_a_support_that_depends_on_the_data_is_not_compared() -> None:
+    def program(n: Array, x: Array) -> None:
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", dist.Binomial(n, 0.5), obs=x)
+
+    outside(program, {"n": np.array([1, 9]), "x": np.array([1, 7])})

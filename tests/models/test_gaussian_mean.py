@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from numpyro import handlers
 from numpyro.infer.util import log_density
 from scipy import optimize, stats
@@ -155,6 +156,32 @@ def test_every_seed_starts_elsewhere():
         return sites["theta_1"]["value"]
 
     assert start(jax.random.key(0)) != start(jax.random.key(1))
+
+
+def test_the_encoder_is_an_affine_map_unless_told(rng):
+    data = {name: jnp.asarray(array) for name, array in gm.Truth().simulate(5, seed=0).items()}
+    encoder = gm.Model().encoder(3, rngs=nnx.Rngs(0))
+    (layer,) = encoder.mlp.layers
+    inputs = np.stack([data["x"], data["c"]], axis=1)
+    expected = inputs @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
+    np.testing.assert_allclose(encoder(**data), expected, rtol=1e-5, atol=1e-6)
+    deeper = gm.Model().encoder(3, hidden=(4,), rngs=nnx.Rngs(0))
+    assert len(deeper.mlp.layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"x": np.zeros(3)}, "c: expected conditions, got none"),
+        ({"c": np.zeros((3, 1))}, r"c: .* shape \(N,\), got \(3, 1\); give one column.* c\[:, 0\]"),
+        ({"c": np.zeros(3), "x": jnp.zeros((3, 2))}, r"x: expected one number .*got \(3, 2\)"),
+    ],
+)
+def test_data_that_are_not_one_number_each_are_refused(data, message):
+    gm.Model().check_data(c=np.zeros(3), x=np.zeros(3))
+    gm.Model().check_data(c=np.zeros(3))
+    with pytest.raises(ValueError, match=message):
+        gm.Model().check_data(**data)
 
 
 def test_no_maximum_is_said():

@@ -1,7 +1,8 @@
 """Every family of guides with every model, and each family's density against its definition."""
 
+import functools
 import itertools
-from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,17 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from flax import nnx
 from numpyro import handlers
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import log_density
 from scipy import stats
 
-from inference import OBJECTIVES, elbo_terms, encode, fit, log_likelihood, pointwise_elbo
-from models import cvae, gaussian_mean, guides, linear_gaussian, vae
+from inference import OBJECTIVES, Fit, elbo_terms, fit, pointwise_elbo
+from models import gaussian_mean, guides, linear_gaussian, quadrants, vae
 from models.conditions import Labels, Values
-from models.likelihoods import Gaussian
+from models.likelihoods import DiscretizedLogistic, Gaussian
+from models.networks import MLP
 
 KEY = jax.random.key(0)
 N = 5
@@ -30,30 +33,51 @@ MODELS = {
     "vae-convolutional": vae.Model(
         x_shape=(4, 4, 2), num_latents=3, hidden=(), channels=(4,), likelihood=Gaussian()
     ),
-    "cvae-labels": cvae.Model(Labels(3), x_shape=(4, 3), num_latents=2, hidden=(6,)),
-    "cvae-values": cvae.Model(
-        Values((2,)), prior_hidden=(4,), x_shape=(4, 3), num_latents=1, hidden=(), dtype="bfloat16"
+    "vae-labels": vae.Model(
+        Labels(3), x_shape=(4, 3), num_latents=2, hidden=(6,), likelihood=Gaussian()
+    ),
+    "vae-values": vae.Model(
+        Values((2,)),
+        (4,),
+        x_shape=(4, 3),
+        num_latents=1,
+        hidden=(),
+        likelihood=DiscretizedLogistic(),
+        dtype="bfloat16",
+    ),
+    "quadrants": quadrants.Model(
+        quadrants.Baseline(quadrants.Quadrants(1, (4, 4)), hidden=(6,)), 3, (5,), (4,)
     ),
 }
-every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+every_model = pytest.mark.parametrize("name", MODELS)
 every_family = pytest.mark.parametrize("family", guides.GUIDES)
 
 
-def make_data(model, rng, scale=1.0):
-    x = scale * rng.uniform(size=(N, *model.x_shape))
-    if isinstance(model, (vae.Model, cvae.Model)) and not isinstance(model.likelihood, Gaussian):
-        x = x > 0.5
-    data = {"x": jnp.asarray(x, jnp.float32)}
-    if isinstance(condition := getattr(model, "condition", None), Labels):
-        data["c"] = jnp.arange(N) % condition.num_classes
-    elif condition:
-        data["c"] = jnp.asarray(scale * rng.normal(size=(N, *condition.shape)), jnp.float32)
-    return data
+def make_data(name, rng):
+    if name == "toy":
+        data = gaussian_mean.Truth().simulate(N, seed=0)
+    elif name == "quadrants":
+        data = MODELS[name].prepare(KEY, {"x": rng.integers(0, 256, (N, 4, 4), dtype=np.uint8)})
+    else:
+        data = {"x": rng.uniform(size=(N, *MODELS[name].x_shape)) > 0.5}
+        condition = MODELS[name].condition
+        if isinstance(condition, Labels):
+            data["c"] = np.arange(N) % condition.num_classes
+        elif condition is not None:
+            data["c"] = rng.normal(size=(N, *condition.shape))
+    return {
+        name: jnp.asarray(array, jnp.int32 if array.dtype == int else jnp.float32)
+        for name, array in data.items()
+    }
 
 
 def sites_of(program, data, params=None):
     program = handlers.substitute(handlers.seed(program, KEY), params or {})
     return handlers.trace(program).get_trace(**data)
+
+
+def params_in(sites):
+    return {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
 
 
 def abstract_sites(program, data):
@@ -64,77 +88,78 @@ def abstract_sites(program, data):
 
 
 @every_model
-@every_family
-def test_a_family_draws_what_a_model_does_not_observe(family, model, rng):
-    data = make_data(model, rng)
-    sites, drawn = (
-        abstract_sites(program, data) for program in (model, guides.make(family, model, num_data=N))
-    )
-    z, drawn_z = sites["z"], drawn["z"]
-    assert {n for n, s in drawn.items() if s["type"] == "sample"} == {"z"}
-    assert z["fn"].event_shape == drawn_z["fn"].event_shape
-    assert z["value"].shape == drawn_z["value"].shape
-    assert z["fn"].batch_shape == drawn_z["fn"].batch_shape == (N,)
-    assert z["cond_indep_stack"] == drawn_z["cond_indep_stack"]
+def test_every_family_draws_what_the_model_does_not_observe(name, rng):
+    model, data = MODELS[name], make_data(name, rng)
+    z = abstract_sites(model, data)["z"]
+    assert z["fn"].batch_shape == (N,)
+    for family in guides.GUIDES:
+        drawn = abstract_sites(guides.make(family, model, num_data=N), data)
+        assert {n for n, s in drawn.items() if s["type"] == "sample"} == {"z"}
+        assert drawn["z"]["fn"].event_shape == z["fn"].event_shape
+        assert drawn["z"]["fn"].batch_shape == (N,)
+        assert drawn["z"]["value"].shape == z["value"].shape
+        assert drawn["z"]["cond_indep_stack"] == z["cond_indep_stack"]
 
 
-# To compile a pair takes seconds: every family with one model, and every model with two families.
-PAIRS = sorted(
-    {(family, "cvae-labels") for family in guides.GUIDES}
-    | {(family, model) for family in ("flow", "semi-amortised") for model in MODELS}
-)
+# To compile a pair takes seconds: every family with one model, and with the other models the two
+# families that need most of them.
+PAIRS = [
+    *itertools.product(guides.GUIDES, ["vae-labels"]),
+    *itertools.product(["semi-amortised"], ["toy", "linear-gaussian", "vae-convolutional"]),
+    *itertools.product(["flow"], ["toy", "vae-values", "quadrants"]),
+]
 
 
-@pytest.mark.parametrize(("family", "model"), PAIRS)
-def test_a_family_has_gradients_with_a_model(family, model, rng):
-    """Finite, and reaching every parameter; compiled and not, with two particles."""
-    model = MODELS[model]
-    data = make_data(model, rng)
+@pytest.mark.parametrize(("family", "name"), PAIRS)
+def test_a_family_has_gradients_and_a_density_everywhere(family, name, rng):
+    """Gradients are finite and reach every parameter; with extreme data they stay finite. And the
+    density is known at draws that are not the guide's own."""
+    model, data = MODELS[name], make_data(name, rng)
     guide = guides.make(family, model, num_data=N)
-    svi = SVI(model, guide, optax.sgd(1e-3), Trace_ELBO(num_particles=2))
-    params = jax.jit(lambda key: svi.get_params(svi.init(key, **data)))(KEY)
-    value = lambda p: Trace_ELBO(num_particles=2).loss(KEY, p, model, guide, **data)  # noqa: E731
-    loss, gradient = jax.jit(jax.value_and_grad(value))(params)
+    z = jax.random.normal(KEY, abstract_sites(model, data)["z"]["value"].shape)
+
+    @jax.jit
+    def run(params, data, z):
+        loss = lambda p: Trace_ELBO(num_particles=2).loss(KEY, p, model, guide, **data)  # noqa: E731
+        log_q = log_density(guide, (), data, params | {"z": z}, with_intermediates=False)[0]
+        fn = handlers.trace(handlers.seed(handlers.substitute(guide, params), KEY))
+        q = fn.get_trace(**data)["z"]["fn"]
+        return *jax.value_and_grad(loss)(params), log_q, q.log_prob(z).sum()
+
+    starts = abstract_sites(model, data) | abstract_sites(guide, data)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, jnp.float32), params_in(starts)
+    )
+    loss, gradient, log_q, formula = run(params, data, z)
     assert np.isfinite(loss)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.isfinite(leaf).all(), path
-        starts_at_zero = family == "flow" and "flow" in str(path[0])  # behind a last layer of zeros
-        assert starts_at_zero or np.abs(leaf).max() > 0, path
-    if model is MODELS["toy"]:
-        np.testing.assert_allclose(value(params), loss, rtol=1e-4, atol=1e-4)
+        assert np.abs(leaf).max() > 0, path
+    np.testing.assert_allclose(log_q, formula, rtol=1e-5)
+    assert np.isfinite(log_q)
+    if name == "vae-labels":
+        loss, gradient, *_ = run(params, data | {"x": 1e4 * (data["x"] - 0.5)}, z)
+        assert np.isfinite(loss)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 @every_family
-def test_a_family_is_trained_and_judged(family, rng):
-    """By ``fit``, two seeds and two particles; every judge takes it."""
-    model = MODELS["cvae-labels"]
-    data = make_data(model, rng)
-    guide = guides.make(family, model, num_data=N)
-    result = fit(
-        model, guide, data, num_steps=20, batch_size=N, num_seeds=2, objective=Trace_ELBO(2)
-    )
-    assert np.isfinite(result.elbo).all()
-    assert (result.elbo[0] != result.elbo[1]).any()
-    params = jax.tree.map(lambda p: p[0], result.params)
-    common = (model, guide, params, data)
-    terms = elbo_terms(*common, key=KEY, num_samples=50)
-    judged = log_likelihood(*common, key=KEY, num_samples=200)
-    tolerance = 4 * (terms.elbo.pointwise.std() + judged.pointwise.std())
-    assert judged.estimate > terms.elbo.estimate - tolerance
-    assert encode(guide, params, data["x"], data["c"]).shape == (N, 2)
-
-
-@every_family
-def test_extreme_inputs_stay_finite(family, rng):
-    model = replace(MODELS["vae"], likelihood=Gaussian())
-    guide = guides.make(family, model, num_data=N)
-    data = make_data(model, rng, scale=1e4)
-    svi = SVI(model, guide, optax.sgd(0.0), Trace_ELBO())
-    params = jax.jit(lambda key: svi.get_params(svi.init(key, **data)))(KEY)
-    value = lambda p: Trace_ELBO().loss(KEY, p, model, guide, **data)  # noqa: E731
-    loss, gradient = jax.jit(jax.value_and_grad(value))(params)
-    assert np.isfinite(loss)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+def test_a_family_runs_with_64_bits(family, rng):
+    """Types that do not fit are found by a trace. Networks stay in 32 bits."""
+    model = MODELS["linear-gaussian"]
+    with jax.enable_x64(True):
+        data = {
+            name: jnp.asarray(a, float) for name, a in make_data("linear-gaussian", rng).items()
+        }
+        guide = guides.make(family, model, num_data=N)
+        params = params_in(abstract_sites(model, data) | abstract_sites(guide, data))
+        loss = lambda p: Trace_ELBO().loss(KEY, p, model, guide, **data)  # noqa: E731
+        value, gradient = jax.eval_shape(jax.value_and_grad(loss), params)
+    assert value.shape == ()
+    types = jax.tree.map(lambda p, g: p.dtype == g.dtype, params, gradient)
+    assert all(jax.tree.leaves(types))
+    for name in params.keys() & {"encoder", "flow", "z_loc", "z_scale"}:
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params[name]))
 
 
 # --- densities ------------------------------------------------------------------------------------
@@ -142,16 +167,10 @@ def test_extreme_inputs_stay_finite(family, rng):
 
 def posterior(family, rng, **settings):
     """q(z | x) of a small model, its weights drawn at random."""
-    model = vae.Model(x_shape=(2, 2), num_latents=3, hidden=(4,), activation=jnp.tanh)
-    guide = guides.make(family, model, **settings)
-    data = make_data(model, rng)
-    shapes = sites_of(guide, data)
-    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)  # noqa: E731
-    params = {
-        name: jax.tree.map(draw, site["value"])
-        for name, site in shapes.items()
-        if site["type"] == "param"
-    }
+    guide = guides.make(family, MODELS["vae"], **settings)
+    data = make_data("vae", rng)
+    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, jnp.float32)  # noqa: E731
+    params = jax.tree.map(draw, params_in(abstract_sites(guide, data)))
     return sites_of(guide, data, params)["z"]["fn"]
 
 
@@ -196,9 +215,8 @@ def test_a_flow_is_its_base_carried_along(rng):
 
 
 def test_a_flow_starts_as_the_full_covariance(rng):
-    model = MODELS["vae"]
-    data = make_data(model, rng)
-    fn = sites_of(guides.flow(model), data)["z"]["fn"]
+    data = make_data("vae", rng)
+    fn = sites_of(guides.flow(MODELS["vae"]), data)["z"]["fn"]
     gaussian, *couplings = fn.transforms
     assert len(couplings) == 4
     z = fn.sample(KEY)
@@ -207,30 +225,138 @@ def test_a_flow_starts_as_the_full_covariance(rng):
     np.testing.assert_allclose(fn.log_prob(z), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_rank_above_the_dimensions_of_z_counts_as_all_of_them(rng):
+    data = make_data("vae", rng)
+    for rank, columns in ((2, 2), (7, 3)):
+        fn = abstract_sites(guides.low_rank(MODELS["vae"], rank=rank), data)["z"]["fn"]
+        assert fn.cov_factor.shape == (N, 3, columns)
+
+
+# --- the encoder ----------------------------------------------------------------------------------
+
+
+def test_an_encoder_may_be_given(rng):
+    model, data = MODELS["vae"], make_data("vae", rng)
+    wide = functools.partial(model.encoder, hidden=(9,))
+    for encoder, units in ((None, 6), (wide, 9)):
+        params = params_in(abstract_sites(guides.mean_field(model, encoder), data))
+        assert params.keys() == {"encoder"}
+        assert params["encoder"]["mlp"]["layers"][0]["kernel"].shape == (12, units)
+
+
+def plain(x, c=None):
+    """A program with no methods, for data with a matrix of latent numbers each."""
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(jnp.zeros((2, 2)), 1.0).to_event(2))
+        numpyro.sample("x", dist.Normal(z[:, 0], 1.0).to_event(1), obs=x)
+
+
+class Affine(nnx.Module):
+    def __init__(self, num_outputs, *, rngs):
+        self.mlp = MLP((2, num_outputs), jnp.tanh, "float32", rngs=rngs)
+
+    def __call__(self, x):
+        return self.mlp(x)
+
+
+@pytest.mark.parametrize(
+    "family", ["mean-field", "full-covariance", "low-rank", "flow", "semi-amortised"]
+)
+def test_a_plain_function_needs_an_encoder(family):
+    message = (
+        r"^model: expected one with a method encoder\(num_outputs, rngs=...\), got plain without "
+        r"it; add the method, or pass encoder=..., a callable of that form"
+    )
+    with pytest.raises(TypeError, match=message):
+        guides.make(family, plain)
+    with pytest.raises(TypeError, match="got SimpleNamespace without it"):
+        guides.make(family, SimpleNamespace())
+    guide = guides.make(family, plain, encoder=Affine)
+    z = abstract_sites(guide, {"x": jnp.zeros((N, 2))})["z"]
+    assert z["fn"].event_shape == (2, 2)
+    assert z["value"].shape == (N, 2, 2)
+
+
+def test_an_encoders_output_is_checked():
+    guide = guides.mean_field(plain, lambda num_outputs, rngs: Affine(num_outputs + 1, rngs=rngs))
+    message = r"encoder: expected outputs of shape \(5, 8\), got \(5, 9\); return num_outputs"
+    with pytest.raises(ValueError, match=message):
+        abstract_sites(guide, {"x": jnp.zeros((N, 2))})
+
+
+def two(x):
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("z", dist.Normal())
+        numpyro.sample("z2", dist.Normal())
+
+
+def renamed(x):
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("h", dist.Normal())
+
+
+def common(x):
+    numpyro.sample("z", dist.Normal())
+
+
+def positive(x):
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("z", dist.LogNormal(jnp.zeros(2), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "got"),
+    [
+        (two, "z (Real(), one per datum), z2 (Real(), one per datum)"),
+        (renamed, "h (Real(), one per datum)"),
+        (common, "z (Real(), global)"),
+        (positive, "z (Independent(Positive(lower_bound=0.0), 1), one per datum)"),
+        (lambda x: None, "none"),
+    ],
+)
+def test_other_latent_sites_are_named(model, got, rng):
+    for guide in (guides.mean_field(model, Affine), guides.per_datum(model, N)):
+        with pytest.raises(ValueError, match="model: expected one latent site, a real z for") as e:
+            guide(x=jnp.zeros((N, 2)))
+        assert f"got {got}; write a guide for this model" in str(e.value)
+
+
+def test_a_look_at_the_model_leaves_no_trace(rng):
+    """Outer handlers see the guide's own sites and draw their own random numbers."""
+    data = make_data("vae", rng)
+    sites = sites_of(guides.mean_field(MODELS["vae"]), data)
+    assert list(sites) == ["encoder", "data", "z"]
+
+
 # --- the guides without an encoder, and the refined one -------------------------------------------
 
 
 def test_the_prior_has_no_divergence(rng):
-    model = MODELS["cvae-values"]
-    data = make_data(model, rng)
-    guide = guides.prior(model)
-    params = {n: s["value"] for n, s in sites_of(model, data).items() if s["type"] == "param"}
-    terms = elbo_terms(model, guide, params, data, key=KEY)
-    np.testing.assert_array_equal(terms.kl.pointwise, 0.0)
+    model, data = MODELS["vae-values"], make_data("vae-values", rng)
+    params = params_in(sites_of(model, data))
+    result = Fit.from_params(model, guides.prior(model), params, example=data)
+    np.testing.assert_array_equal(elbo_terms(result, data).kl.pointwise, 0.0)
 
 
 WEIGHTS = np.array([[1.0, 0.9], [0.3, 0.4], [0.8, 0.2]], np.float32)
 PRECISION = np.eye(2) + WEIGHTS.T @ WEIGHTS / 0.25
 
 
-def gaussian_model(c=None, x=None):
+class GaussianModel:
     """A linear-Gaussian model outside the collection, its weights known."""
-    with numpyro.plate("data", len(x)):
-        z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
-        numpyro.sample("x", dist.Normal(z @ WEIGHTS.T, 0.5).to_event(1), obs=x)
+
+    def __call__(self, x=None):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
+            numpyro.sample("x", dist.Normal(z @ WEIGHTS.T, 0.5).to_event(1), obs=x)
+
+    def encoder(self, num_outputs, *, rngs):
+        module = Affine(num_outputs, rngs=rngs)
+        module.mlp = MLP((3, num_outputs), jnp.tanh, "float32", rngs=rngs)
+        return module
 
 
-gaussian_model.x_shape, gaussian_model.num_latents = (3,), 2
+gaussian_model = GaussianModel()
 
 
 def log_marginal(x):
@@ -250,53 +376,55 @@ def test_refined_numbers_are_each_datums_own_optimum(rng):
 
 
 def test_refining_raises_the_elbo_of_any_encoder(rng):
-    plain = guides.mean_field(gaussian_model)
-    refined = guides.semi_amortised(gaussian_model)
-    x = jnp.asarray(rng.normal(size=(200, 3)), jnp.float32)
-    params = {"encoder": sites_of(plain, {"x": x})["encoder"]["value"]}
-    elbos = [
-        np.asarray(pointwise_elbo(gaussian_model, g, params, {"x": x}, key=KEY, num_samples=200))
-        for g in (plain, refined)
-    ]
-    gain = elbos[1] - elbos[0]
+    data = {"x": jnp.asarray(rng.normal(size=(200, 3)), jnp.float32)}
+    families = guides.mean_field(gaussian_model), guides.semi_amortised(gaussian_model)
+    params = {"encoder": sites_of(families[0], data)["encoder"]["value"]}
+    plain, refined = (
+        pointwise_elbo(
+            Fit.from_params(gaussian_model, guide, params, example=data),
+            data,
+            key=KEY,
+            num_samples=200,
+        ).pointwise[0]
+        for guide in families
+    )
+    gain = refined - plain
     assert gain.mean() > 5 * gain.std() / np.sqrt(len(gain))
-    exact = log_marginal(x)
-    assert elbos[1].mean() < exact.mean()
+    assert refined.mean() < log_marginal(data["x"]).mean()
 
 
-SHARP = ["Trace_ELBO", "TraceMeanField_ELBO", "sticking-the-landing"]  # the value is the ELBO
-BOUNDS = ["importance-weighted", "doubly-reparameterized"]  # tighter, unless q is the posterior
+# --- what training arrives at ---------------------------------------------------------------------
 
 
 def train(model, guide, data, objective):
-    """The ELBO of each datum after a fit on all of them."""
-    size = len(data["x"])
+    """The ELBO of each datum after a fit on all of them, and the parameters."""
     num_steps = 3000 if isinstance(guide, guides.PerDatum) else 1500
     result = fit(
         model,
         guide,
         data,
-        objective=OBJECTIVES[objective](4 if objective in BOUNDS else 1),
+        objective=OBJECTIVES[objective](1),
         optimizer=optax.adam(optax.cosine_decay_schedule(3e-2, num_steps), b2=0.99),
         num_steps=num_steps,
-        batch_size=size,
+        progress=False,
     )
-    params = jax.tree.map(lambda p: p[0], result.params)
-    elbo = pointwise_elbo(model, guide, params, data, key=KEY, num_samples=500)
-    return np.asarray(elbo), params
+    elbo = pointwise_elbo(result, data, key=KEY, num_samples=500)
+    return elbo.pointwise[0], result.params_of(0)
 
 
 @pytest.mark.parametrize(
     ("family", "objective"),
     [
-        *itertools.product(["mean-field"], SHARP),
-        *itertools.product(["per-datum", "semi-amortised", "low-rank"], SHARP[:1]),
-        *itertools.product(["full-covariance"], [*SHARP[1:], BOUNDS[1]]),
+        ("mean-field", "Trace_ELBO"),
+        ("per-datum", "TraceMeanField_ELBO"),
+        ("semi-amortised", "Trace_ELBO"),
+        ("low-rank", "Trace_ELBO"),
+        ("full-covariance", "sticking-the-landing"),
         ("flow", "sticking-the-landing"),
     ],
 )
 def test_a_family_loses_what_it_must(family, objective, rng):
-    """On the exact rung: nothing, or 1/2 (sum_i log Lambda_ii - log det Lambda) (mean field)."""
+    """Nothing, or 1/2 (sum_i log Lambda_ii - log det Lambda) (mean field)."""
     x = rng.normal(size=(1024, 2)) @ WEIGHTS.T + 0.5 * rng.normal(size=(1024, 3))
     x = jnp.asarray(x, jnp.float32)
     guide = guides.make(family, gaussian_model, num_data=1024)
@@ -309,21 +437,15 @@ def test_a_family_loses_what_it_must(family, objective, rng):
     assert abs(gap - (0.0 if reaches else predicted)) < 0.1 * error
 
 
-@pytest.mark.parametrize(
-    ("family", "objective"),
-    [
-        *itertools.product(["mean-field"], [*SHARP, *BOUNDS]),
-        *itertools.product([name for name in guides.GUIDES if name != "mean-field"], SHARP[:1]),
-    ],
-)
-def test_the_toy_is_recovered_by_every_family_that_can(family, objective):
+@pytest.mark.parametrize("family", ["mean-field", "semi-amortised", "prior"])
+def test_the_toy_is_recovered_by_every_family_that_can(family):
     """Model and guide together: the best ELBO of the data, which z's prior as guide must miss.
 
     Under the prior the model can only call the spread of z noise: s^2 + sigma_0^2 in place of s^2.
     """
     model, data = gaussian_mean.Model(), gaussian_mean.Truth().simulate(1024, seed=0)
     best, best_elbo = gaussian_mean.maximum_likelihood(data, 1.0)
-    elbo, params = train(model, guides.make(family, model, num_data=1024), data, objective)
+    elbo, params = train(model, guides.make(family, model), data, "Trace_ELBO")
     variance = 1 + np.exp(best["theta_3"])
     predicted = np.log(1 + 1 / variance) / 2 if family == "prior" else 0.0
     exact = gaussian_mean.log_likelihood(best, 1.0, data["c"], data["x"])
@@ -340,8 +462,11 @@ def test_the_toy_is_recovered_by_every_family_that_can(family, objective):
     ("make", "message"),
     [
         (lambda m: guides.make("flo", m), "guide: expected one of mean-field.*got 'flo'"),
-        (lambda m: guides.mean_field(m, (0,)), "hidden: expected positive sizes"),
-        (lambda m: guides.LowRank(m, (), 4), "rank: expected 1 to num_latents = 3, got 4"),
+        (
+            lambda m: guides.make("prior", m, hidden=(3,)),
+            "guide: expected settings among encoder, num_data, .*, got 'hidden'",
+        ),
+        (lambda m: guides.low_rank(m, rank=0), "rank: expected at least 1, got 0"),
         (lambda m: guides.flow(m, num_layers=0), "num_layers: expected at least 1"),
         (lambda m: guides.semi_amortised(m, num_steps=0), "num_steps: expected at least 1"),
         (lambda m: guides.semi_amortised(m, step_size=2.0), "step_size: expected above 0"),
@@ -352,25 +477,22 @@ def test_bad_settings_are_named(make, message):
         make(MODELS["vae"])
 
 
+def test_a_family_ignores_the_settings_of_others():
+    settings = {"num_data": N, "rank": 3, "encoder": None}
+    assert guides.make("low-rank", MODELS["vae"], **settings).rank == 3
+    assert guides.make("per-datum", MODELS["vae"], **settings).num_data == N
+    assert guides.make("mean-field", MODELS["vae"]) == guides.mean_field(MODELS["vae"])
+
+
 def test_numbers_per_datum_are_for_all_data_at_once(rng):
-    model = MODELS["vae"]
+    data = {name: array[:4] for name, array in make_data("vae", rng).items()}
     with pytest.raises(ValueError, match=r"expected all 5 data .* got 4.*batch_size=5"):
-        fit(model, guides.per_datum(model, N), make_data(model, rng), num_steps=1, batch_size=4)
+        sites_of(guides.per_datum(MODELS["vae"], N), data)
 
 
-def test_a_family_refuses_conditions_that_its_model_refuses(rng):
-    model = MODELS["cvae-labels"]
-    data = make_data(model, rng) | {"c": jnp.full(N, 3)}
-    for family in guides.GUIDES:
-        with pytest.raises(ValueError, match="c: expected labels 0 to 2, got 3"):
-            fit(model, guides.make(family, model, num_data=N), data, num_steps=1, batch_size=N)
-
-
-def test_log_density_needs_no_key(rng):
-    model = MODELS["vae"]
-    data = make_data(model, rng)
-    guide = guides.full_covariance(model)
-    params = {"encoder": sites_of(guide, data)["encoder"]["value"]}
-    z = jnp.zeros((N, 3))
-    value, _ = log_density(guide, (), data, params | {"z": z})
-    np.testing.assert_allclose(value, sites_of(guide, data)["z"]["fn"].log_prob(z).sum(), rtol=1e-5)
+def test_a_guide_refuses_what_the_encoder_refuses(rng):
+    guide, data = guides.mean_field(MODELS["vae-labels"]), make_data("vae-labels", rng)
+    with pytest.raises(ValueError, match="c: expected conditions, got none"):
+        sites_of(guide, {"x": data["x"]})
+    with pytest.raises(ValueError, match=r"x: expected shape \(N, 4, 3\), got \(5, 4\)"):
+        sites_of(guide, data | {"x": data["x"][:, :, 0]})

@@ -10,9 +10,9 @@ import pytest
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 
-from inference import Hybrid, elbo_terms, fit, log_likelihood
-from models import guides, structured
-from models.structured import Baseline, Model, Quadrants
+from inference import Fit, Hybrid, elbo_terms, fit, log_likelihood
+from models import guides
+from models.quadrants import PRESETS, Baseline, Model, Quadrants
 
 KEY = jax.random.key(0)
 QUADRANTS = [
@@ -65,7 +65,8 @@ def test_what_cannot_be_cut_is_refused(settings, message):
 
 
 def test_images_of_another_shape_are_refused(rng):
-    with pytest.raises(ValueError, match=r"images: expected shape \(N, 28, 28\), got \(3, 8, 8\)"):
+    message = r"x: expected shape \(N, 28, 28\), got \(3, 8, 8\); .* image_shape=\(8, 8\)"
+    with pytest.raises(ValueError, match=message):
         Quadrants(1).split(rng.random((3, 8, 8)))
 
 
@@ -97,24 +98,23 @@ def params_of(model):
     return params
 
 
+def model_params(params):
+    return {name: value for name, value in params.items() if name != "encoder"}
+
+
 def shift(tree):
     """Other weights: the last layer's biases are raised, so that the output is."""
     return jax.tree.map(lambda p: p + 0.7 if p.ndim == 1 else p, tree)
 
 
 @pytest.mark.parametrize("model", [TINY, TINY_2])
-def test_the_guides_draw_exactly_what_the_model_does_not_observe(model):
+def test_the_program_samples_z_and_x_and_generates_without_x(model):
     sites = trace(model, **DATA)
     samples = {name for name, site in sites.items() if site["type"] == "sample"}
     params = {name for name, site in sites.items() if site["type"] == "param"}
     assert samples == {"z", "x"}
     assert params == {"baseline", "prior", "decoder"}
-    for make in (guides.mean_field, guides.prior):
-        drawn = trace(make(model), **DATA)
-        (latent,) = (name for name, site in drawn.items() if site["type"] == "sample")
-        assert latent == "z"
-        assert drawn["z"]["fn"].event_shape == sites["z"]["fn"].event_shape == (model.num_latents,)
-        assert drawn["z"]["cond_indep_stack"] == sites["z"]["cond_indep_stack"]
+    assert sites["z"]["fn"].event_shape == (model.num_latents,)
     generated = trace(model, c=DATA["c"])
     assert generated["x"]["value"].shape == DATA["x"].shape
     assert not generated["x"]["is_observed"]
@@ -135,15 +135,9 @@ def test_the_baseline_is_one_probability_for_each_pixel():
     p = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
     x = np.asarray(DATA["x"])
     exact = (x * np.log(p) + (1 - x) * np.log1p(-p)).sum((1, 2, 3))
-    judged = log_likelihood(
-        TINY.baseline,
-        guides.prior(TINY.baseline),
-        params,
-        DATA,
-        key=KEY,
-        num_samples=1,
-    )
-    np.testing.assert_allclose(judged.pointwise, exact, rtol=1e-5)
+    result = Fit.from_params(TINY.baseline, guides.prior(TINY.baseline), params, example=DATA)
+    judged = log_likelihood(result, DATA, num_samples=1)
+    np.testing.assert_allclose(judged.pointwise[0], exact, rtol=1e-5)
 
 
 def x_logits(model, params, c, z):
@@ -203,16 +197,38 @@ def test_impossible_sizes_are_refused(make, message):
         make()
 
 
+WHOLE = np.zeros((3, 4, 4), np.uint8)
+PARTS = {"c": np.zeros((3, 2, 2, 1), np.float32), "x": np.zeros((3, 2, 2, 3), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"x": WHOLE[:, :2]}, r"x: expected shape \(N, 4, 4\), got \(3, 2, 4\); .*image_shape="),
+        ({"x": WHOLE + 255.0}, r"x: expected .* in \[0, 1\], got float.*; divide by 255 or"),
+        (PARTS | {"c": PARTS["x"]}, r"c: expected shape \(N, 2, 2, 1\), got \(3, 2, 2, 3\)"),
+        (PARTS | {"c": PARTS["c"] - 1}, r"c: expected .* in \[0, 1\], got float32 from -1.0 to"),
+        (PARTS | {"x": WHOLE}, r"x: expected shape \(N, 2, 2, 3\), got \(3, 4, 4\)"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_with_what_to_do(data, message):
+    for model in (TINY, TINY.baseline):
+        for good in ({"x": WHOLE}, PARTS, {"c": PARTS["c"]}):
+            model.check_data(**good)
+        with pytest.raises(ValueError, match=message):
+            model.check_data(**data)
+
+
 @pytest.mark.parametrize("program", [TINY.baseline, TINY])
-def test_another_number_of_quadrants_is_refused(program):
+def test_programs_refuse_another_number_of_quadrants(program):
     c, x = Quadrants(2, (4, 4)).split(BINARY)
     with pytest.raises(ValueError, match=r"c: expected shape \(N, 2, 2, 1\), got \(7, 2, 2, 2\)"):
-        log_likelihood(program, guides.prior(program), {}, {"c": c, "x": x}, key=KEY)
+        handlers.seed(program, 0)(c=c, x=x)
 
 
-@pytest.mark.parametrize("name", list(structured.PRESETS))
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_for_the_quadrants_one_gives_it(name):
-    preset = structured.PRESETS[name]
+    preset = PRESETS[name]
     model = replace(preset, baseline=replace(preset.baseline, quadrants=Quadrants(3)))
     assert model.x_shape == (14, 14, 1)
     assert model.condition.num_features == 588
@@ -272,9 +288,12 @@ def exact(request):
 @pytest.mark.parametrize("make", [guides.prior, guides.mean_field])
 def test_monte_carlo_and_importance_sampling_arrive_at_the_likelihood(exact, make):
     model, params, log_likelihoods, elbo, _ = exact
-    judged = log_likelihood(model, make(model), params, DATA, key=KEY, num_samples=20_000)
-    variance = judged.monte_carlo_variance
-    error = abs(judged.pointwise - log_likelihoods)
+    guide = make(model)
+    drawn = params if guide != guides.prior(model) else model_params(params)
+    result = Fit.from_params(model, guide, drawn, example=DATA)
+    judged = log_likelihood(result, DATA, key=KEY, num_samples=20_000)
+    variance = judged.monte_carlo_variance[0]
+    error = abs(judged.pointwise[0] - log_likelihoods)
     assert (error < variance / 2 + 4.5 * np.sqrt(variance) + 1e-5).all()
     assert np.sqrt(variance).max() < 0.02  # nats, so that an ELBO would fail the test:
     assert (log_likelihoods - elbo).max() > 0.5
@@ -282,12 +301,9 @@ def test_monte_carlo_and_importance_sampling_arrive_at_the_likelihood(exact, mak
 
 def test_the_elbo_is_the_elbo(exact):
     model, params, _, elbo, _ = exact
-    guide = guides.mean_field(model)
-    many = [
-        elbo_terms(model, guide, params, DATA, key=jax.random.key(i), num_samples=2000)
-        for i in range(8)
-    ]
-    draws = np.stack([e.elbo.pointwise for e in many])
+    result = Fit.from_params(model, guides.mean_field(model), params, example=DATA)
+    many = [elbo_terms(result, DATA, key=jax.random.key(i), num_samples=2000) for i in range(8)]
+    draws = np.stack([e.elbo.pointwise[0] for e in many])
     error = draws.std(0, ddof=1) / np.sqrt(len(draws))
     assert (abs(draws.mean(0) - elbo) < 6.5 * error + 1e-4).all()  # Student's t of 7 degrees, 7 x
 
@@ -309,20 +325,27 @@ def test_the_gsnns_objective_is_the_expectation_under_the_prior(exact):
 
 
 def test_a_frozen_baseline_stays_and_the_others_learn(rng):
+    """The baseline is one parameter of the model, by its name."""
     images = {"x": rng.integers(0, 256, (20, 4, 4), dtype=np.uint8)}
-    settings = {"preprocess": TINY.prepare, "num_steps": 3, "batch_size": 10, "progress": False}
-    first = fit(TINY.baseline, guides.prior(TINY.baseline), images, **settings)
-    start = jax.tree.map(lambda p: p[0], first.params)
+    start = params_of(TINY)
     frozen = optax.partition(
         {"free": optax.adam(0.01), "frozen": optax.set_to_zero()},
         lambda params: {n: "frozen" if n == "baseline" else "free" for n in params},
     )
-    guide = guides.mean_field(TINY)
-    end, still = (
-        fit(TINY, guide, images, optimizer=optimizer, init_params=start, **settings).params
-        for optimizer in (frozen, optax.sgd(0.0))
+    result = fit(
+        TINY,
+        guides.mean_field(TINY),
+        images,
+        preprocess=TINY.prepare,
+        optimizer=frozen,
+        init=start,
+        num_steps=3,
+        batch_size=10,
+        progress=False,
     )
-    jax.tree.map(np.testing.assert_array_equal, end["baseline"], first.params["baseline"])
+    end = result.params_of(0)
+    assert end.keys() == start.keys() == {"baseline", "prior", "decoder", "encoder"}
+    jax.tree.map(np.testing.assert_array_equal, end["baseline"], start["baseline"])
     for name in end.keys() - {"baseline"}:
-        moved = jax.tree.map(lambda a, b: (a != b).any(), end[name], still[name])
+        moved = jax.tree.map(lambda a, b: (a != b).any(), end[name], start[name])
         assert any(jax.tree.leaves(moved)), name

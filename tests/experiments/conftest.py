@@ -1,0 +1,118 @@
+"""One run of every script, made once and looked at by many tests."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from experiments import (
+    gaussian_mean,
+    linear_gaussian,
+    mnist_cvae,
+    mnist_quadrants,
+    mnist_vae,
+    svhn_vae,
+)
+
+DIGITS = {"dataset": "digits", "hidden": (16,), "num_epochs": 3, "num_test": 60, "num_samples": 30}
+SCRIPTS = {
+    "gaussian_mean": (
+        gaussian_mean,
+        {"num_data": 4_000, "num_steps": 600, "batch_size": 400, "num_seeds": 2, "seed": 5},
+    ),
+    "linear_gaussian": (
+        linear_gaussian,
+        {"dataset": "lines.npz", "given_label": True, "num_latents": 3, "num_steps": 3_000}
+        | {"batch_size": 250, "learning_rate": 0.02, "average": 0.2, "num_seeds": 2},
+    ),
+    "mnist_vae": (
+        mnist_vae,
+        DIGITS | {"num_latents": 3, "num_seeds": 2, "kl_warm_up": 1.0, "clip_norm": 100.0},
+    ),
+    "mnist_cvae": (
+        mnist_cvae,
+        DIGITS
+        | {"num_latents": 2, "prior": "learned", "num_embedded": 4, "num_label_samples": 5}
+        | {"schedule": "burda", "average": 0.2},
+    ),
+    "svhn_vae": (
+        svhn_vae,
+        {"dataset": "colours.npz", "given_label": True, "channels": (4, 6), "hidden": (8,)}
+        | {"num_latents": 3, "num_epochs": 1, "batch_size": 20, "num_samples": 4}
+        | {"num_label_samples": 2},
+    ),
+    "mnist_quadrants": (
+        mnist_quadrants,
+        {"dataset": "digits", "num_test": 40, "num_validation": 60, "num_train": 500}
+        | {"baseline_epochs": 6, "num_epochs": 3, "num_particles": 3, "num_samples": 20},
+    ),
+}
+
+
+class Finished(NamedTuple):
+    """A finished run: its script, what ``main`` returned, its directory and its settings."""
+
+    script: Any
+    result: dict[str, Any]
+    path: Path
+    config: Any
+
+
+def lines() -> dict[str, np.ndarray]:
+    """Images of 6 x 5 pixels from a linear-Gaussian process, with labels that matter."""
+    rng = np.random.default_rng(0)
+    c = rng.integers(0, 2, 1_200)
+    z = rng.normal(size=(1_200, 3)) * [2.0, 1.0, 0.5]
+    x = z @ rng.normal(size=(3, 30)) + 0.5 * rng.normal(size=(1_200, 30))
+    x += c[:, None] * rng.normal(size=30)
+    x = (x - x.min()) / (x.max() - x.min())
+    return {"x": x.reshape(-1, 6, 5).astype(np.float32), "c": c}
+
+
+def colours() -> dict[str, np.ndarray]:
+    """Images of 8 x 12 pixels, each of one of three colours, and the colour's number."""
+    rng = np.random.default_rng(0)
+    c = rng.integers(3, size=72)
+    x = rng.integers(0, 60, (72, 8, 12, 3))
+    x[np.arange(72), :, :, c] += 150
+    return {"x": x.astype(np.uint8), "c": c}
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory, worker_id) -> Path:
+    """A directory of this session, the same for all its workers."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base if worker_id == "master" else base.parent) / "scripts"
+    path.mkdir(exist_ok=True)
+    with FileLock(path / "data.lock"):
+        for name, make in {"lines": lines, "colours": colours}.items():
+            if not (path / f"{name}.npz").exists():
+                np.savez(path / f"{name}.npz", **make())
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_of(shared):
+    """The finished run of a script, by the script's name."""
+
+    def finished(name: str) -> Finished:
+        script, settings = SCRIPTS[name]
+        if str(settings.get("dataset")).endswith(".npz"):
+            settings = settings | {"dataset": str(shared / settings["dataset"])}
+        path = shared / "runs" / name
+        config = script.Config(**settings, out=path, progress=False)
+        with FileLock(shared / f"{name}.lock"):
+            if not (path / "result.json").exists():
+                script.main(config)
+        return Finished(script, json.loads((path / "result.json").read_text()), path, config)
+
+    return finished
+
+
+@pytest.fixture(scope="session", params=SCRIPTS)
+def finished(request, run_of) -> Finished:
+    """The finished run of every script."""
+    return run_of(request.param)
