@@ -150,7 +150,7 @@ def load(path: str | os.PathLike) -> Run:
     except (ValueError, TypeError, KeyError) as error:
         raise RunError(
             f"{path / 'config.json'}: expected a run's settings, got some that cannot be used "
-            f"({error}); give the directory of a run"
+            f"({' '.join(str(error).split())}); give the directory of a run"
         ) from error
     return Run(path, experiment, config, record, result, fits)
 

@@ -74,6 +74,7 @@ class Programs:
         globals: the sample sites of either program that lie outside them.
         latents: the guide's draws, by name.
         observed: the model's observed sites, by name.
+        bounded: those of them that do not take every real number.
         params: the abstract value of every parameter, by name.
         mutable: likewise for the mutable state.
         summed: the model's latent sites that the guide does not draw, to be summed over.
@@ -85,6 +86,7 @@ class Programs:
     globals: tuple[str, ...]
     latents: dict[str, SiteAxes]
     observed: dict[str, SiteAxes]
+    bounded: tuple[str, ...]
     params: dict[str, Any]
     mutable: dict[str, Any]
     summed: tuple[str, ...]
@@ -153,15 +155,17 @@ def look(
         _check_takes_batches(here, plates, tied_to, size)
     _check_plates_match(here, plates)
     sampled = {n: s for n, s in (here.guide | here.model).items() if s["type"] == "sample"}
+    observed = {
+        name: site
+        for name, site in here.model.items()
+        if site["type"] == "sample" and site["is_observed"] and not is_auxiliary(site)
+    }
     return Programs(
         plates=plates,
         globals=tuple(name for name, site in sampled.items() if not plates.hold(site)),
         latents={name: _axes(site, plates) for name, site in here.draws.items()},
-        observed={
-            name: _axes(site, plates)
-            for name, site in here.model.items()
-            if site["type"] == "sample" and site["is_observed"] and not is_auxiliary(site)
-        },
+        observed={name: _axes(site, plates) for name, site in observed.items()},
+        bounded=tuple(n for n, s in observed.items() if not _is_real(s["fn"].support)),
         params=here.params,
         mutable=here.mutable,
         summed=tuple(n for n, s in here.model.items() if is_summed(s) and n not in here.draws),

@@ -238,6 +238,8 @@ def _prime(guide: Any, preprocess: Any, settings: Settings, key: Any, arrays: Ar
 def _check_values(plan: Plan, key: Any, arrays: Arrays, validation: Arrays | None) -> None:
     """Compares every observed value with the support of its site, once."""
     settings, programs = plan.settings, plan.programs
+    if not programs.bounded:
+        return
     check = support_check(plan.model, plan.guide, programs.params | programs.mutable)
     size = settings.num_data if settings.is_whole else min(SUPPORT_ROWS, settings.num_data)
 

@@ -109,8 +109,8 @@ def sample_posterior_predictive(
 def encode(result: Fit, data: Any, *, key: Array | None = None) -> Values:
     """The mean of q(z | x, c) at every latent site, or with a key one draw.
 
-    A mean without a formula is taken over a thousand draws. In a chain of latent sites it is the mean
-    given a draw of the sites before it.
+    A mean without a formula is taken over a thousand draws. In a chain of latent sites it is the
+    mean given a draw of the sites before it.
 
     Args:
         result, data: as in ``sample_posterior``.

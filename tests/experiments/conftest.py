@@ -17,7 +17,7 @@ from experiments import (
     svhn_vae,
 )
 
-DIGITS = {"dataset": "digits", "hidden": (16,), "num_epochs": 3, "num_test": 60, "num_samples": 30}
+DIGITS = {"dataset": "digits", "hidden": (16,), "num_epochs": 3, "num_test": 60}
 SCRIPTS = {
     "gaussian_mean": (
         gaussian_mean,
@@ -25,24 +25,25 @@ SCRIPTS = {
     ),
     "linear_gaussian": (
         linear_gaussian,
-        {"dataset": "lines.npz", "given_label": True, "num_latents": 3, "num_steps": 3_000}
-        | {"batch_size": 250, "learning_rate": 0.02, "average": 0.2, "num_seeds": 2},
+        {"dataset": "lines.npz", "given_label": True, "guides": ("mean-field",), "num_seeds": 2}
+        | {"num_train": 500, "num_latents": 3, "num_steps": 200, "batch_size": 100},
     ),
     "mnist_vae": (
         mnist_vae,
-        DIGITS | {"num_latents": 3, "num_seeds": 2, "kl_warm_up": 1.0, "clip_norm": 100.0},
+        DIGITS
+        | {"num_latents": 3, "num_seeds": 2, "num_samples": 30}
+        | {"kl_warm_up": 1.0, "clip_norm": 100.0},
     ),
     "mnist_cvae": (
         mnist_cvae,
         DIGITS
         | {"num_latents": 2, "prior": "learned", "num_embedded": 4, "num_label_samples": 5}
-        | {"schedule": "burda", "average": 0.2},
+        | {"num_samples": 20, "schedule": "burda", "average": 0.2},
     ),
     "svhn_vae": (
         svhn_vae,
-        {"dataset": "colours.npz", "given_label": True, "channels": (4, 6), "hidden": (8,)}
-        | {"num_latents": 3, "num_epochs": 1, "batch_size": 20, "num_samples": 4}
-        | {"num_label_samples": 2},
+        {"dataset": "colours.npz", "guide": "low-rank", "channels": (4,), "hidden": (8,)}
+        | {"num_latents": 3, "num_epochs": 1, "batch_size": 20, "num_samples": 4},
     ),
     "mnist_quadrants": (
         mnist_quadrants,
@@ -110,6 +111,12 @@ def run_of(shared):
         return Finished(script, json.loads((path / "result.json").read_text()), path, config)
 
     return finished
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request) -> tuple[Any, dict[str, Any]]:
+    """Every script, with its settings here."""
+    return SCRIPTS[request.param]
 
 
 @pytest.fixture(scope="session", params=SCRIPTS)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from numpyro.infer import Trace_ELBO
 
@@ -10,6 +11,7 @@ from experiments.benchmarks import speed
 from models import gaussian_mean
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(capsys):
     speed.main(speed.Config(toy_steps=30, rounds=1, vae_epochs=0.0, svhn_steps=0))
     printed = capsys.readouterr().out
@@ -53,6 +55,7 @@ def test_the_hand_written_vae_is_the_same_arithmetic():
         assert abs(x.mean() - share) < 4 * (share * (1 - share) / x.size) ** 0.5
 
 
+@pytest.mark.slow
 def test_the_convolutional_vae_by_hand_is_the_same_arithmetic():
     params = speed.svhn_init(jax.random.key(1))
     tree = {name: nnx.to_pure_dict(state) for name, state in params.items()}

@@ -1,28 +1,11 @@
-"""The toy's script, run for real: what it recovers, what it writes, what it refuses."""
+"""The toy's script: what it recovers, and what it refuses."""
 
-import io
-import json
-import re
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
-import arviz as az
 import numpy as np
 import pytest
 
 from experiments import gaussian_mean as script
+from experiments import runner, runs
 from models import gaussian_mean
-
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, str(ROOT / "experiments" / "gaussian_mean.py")]
-SMALL = {"num_data": 400, "num_steps": 60, "num_seeds": 2, "progress": False}
-
-
-def run_command(*arguments, **settings):
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, **settings)
 
 
 def worst_errors(result):
@@ -33,9 +16,43 @@ def worst_errors(result):
     }
 
 
-def test_defaults_recover_the_truth(tmp_path):
-    result = script.main(script.Config(out=tmp_path / "run", progress=False))
+def results_of(config):
+    """The numbers of ``result.json``, without a directory."""
+    data = script.simulate(config)
+    fits = runner.train(script.EXPERIMENT, config, data)
+    return script.summarize(config, data, fits, script.judge(config, data, fits))
+
+
+def test_a_short_run_recovers_the_maximum(run_of):
+    result = run_of("gaussian_mean").result
     assert result["parameters"].keys() == set(gaussian_mean.PARAMETERS)
+    assert max(worst_errors(result).values()) < 0.25, worst_errors(result)
+    for p in result["parameters"].values():
+        assert len(p["per_seed"]) == 2
+        assert abs(p["estimate"] - p["optimum"]) < 4 * p["standard_error"]
+    elbo = result["elbo"]
+    assert abs(elbo["estimate"] - elbo["maximum_likelihood"]) < 0.005
+    assert abs(elbo["estimate"] - elbo["optimum"]) < 4 * elbo["standard_error"]
+    assert elbo["standard_error"] == pytest.approx(
+        0.5**0.5 / 4_000**0.5, rel=0.1
+    )  # of log p(x | c)
+
+
+def test_arviz_reads_the_parameters_and_the_data(run_of):
+    finished = run_of("gaussian_mean")
+    tree = runs.read_tree(finished.path)
+    assert tree["sample_stats"].elbo.shape == (2, 600)
+    assert list(tree["sample_stats"].chain.values) == [5, 6]
+    for name, p in finished.result["parameters"].items():
+        np.testing.assert_allclose(tree["parameters"][name].values[:, 0], p["per_seed"])
+    data = finished.config.truth().simulate(4_000, 5)
+    np.testing.assert_array_equal(tree["observed_data"].x, data["x"])
+    np.testing.assert_array_equal(tree["constant_data"].c, data["c"])
+
+
+@pytest.mark.slow
+def test_defaults_recover_the_truth():
+    result = results_of(script.Config(progress=False))
     for name, p in result["parameters"].items():
         assert len(p["per_seed"]) == 4
         for estimate in p["per_seed"]:
@@ -46,165 +63,52 @@ def test_defaults_recover_the_truth(tmp_path):
     assert abs(elbo["estimate"] - elbo["optimum"]) < 4 * elbo["standard_error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mu_0", "sigma_0", "sigma", "seed"),
     [(-40.0, 0.05, 0.05, 11), (40.0, 20.0, 4.0, 12), (0.0, 0.05, 0.25, 13), (7.0, 4.0, 20.0, 14)],
 )
 def test_the_same_settings_serve_other_truths(mu_0, sigma_0, sigma, seed):
     config = script.Config(mu_0=mu_0, sigma_0=sigma_0, sigma=sigma, seed=seed, progress=False)
-    data = config.truth().simulate(config.num_data, seed)
-    maximum, best = gaussian_mean.maximum_likelihood(data, sigma_0)
-    fitted = script.train(config, data)
-    elbos = script.judge(config, data, fitted)
-    result = script.summarize(config, data, fitted, elbos, maximum, best)
+    result = results_of(config)
     assert max(worst_errors(result).values()) < 0.5, worst_errors(result)
+    best = result["elbo"]["maximum_likelihood"]
     assert max(abs(e - best) for e in result["elbo"]["per_seed"]) < 0.005
 
 
-def test_what_a_run_writes(tmp_path, capsys):
-    config = script.Config(**SMALL, out=tmp_path / "run", seed=5)
-    result = script.main(config)
-    printed = capsys.readouterr().out
-    files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files >= {"config.json", "result.json", "trace.nc", "elbo.png", "recovery.png"}
-    saved = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert saved == result
-    for name in gaussian_mean.PARAMETERS:
-        assert saved["parameters"][name].keys() == {
-            "estimate",
-            "per_seed",
-            "optimum",
-            "maximum_likelihood",
-            "standard_error",
-        }
-        assert name in printed
-    assert {"estimate", "standard_error", "optimum"} <= saved["elbo"].keys()
-    assert saved["seconds"].keys() == {"compile", "run", "total"}
-    assert saved["device"] in printed
-    assert saved["versions"].keys() >= {"numpyro", "jax"}
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 5
-    for name in ("elbo.png", "recovery.png"):
-        assert (tmp_path / "run" / name).read_bytes()[:4] == b"\x89PNG"
-    with az.from_netcdf(tmp_path / "run" / "trace.nc", engine="h5netcdf") as tree:
-        assert tree.sample_stats.elbo.shape == (2, 60)
-        assert list(tree.sample_stats.chain.values) == [5, 6]
-        np.testing.assert_allclose(
-            tree.posterior.theta_1.values[:, 0], saved["parameters"]["theta_1"]["per_seed"]
-        )
-        assert tree.attrs["info.device"] == saved["device"]
-
-
-def test_fresh_directories_are_never_shared(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        script.main(script.Config(**SMALL))
-    runs = list((tmp_path / "runs").iterdir())
-    assert len(runs) == 2
-    assert all((run / "result.json").exists() for run in runs)
-
-
-def test_a_finished_run_is_shown_again_and_not_touched(tmp_path):
-    config = script.Config(**SMALL, out=tmp_path / "run")
-    first = script.main(config)
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.*")}
-    assert script.main(config) == first
-    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.*")}
-    assert before == after
-
-
-def test_killed_and_run_again_gives_the_same_bits(tmp_path):
-    arguments = ("--num-data", "5000", "--num-steps", "6000", "--num-seeds", "1", "--no-progress")
-    killed, whole = str(tmp_path / "killed"), str(tmp_path / "whole")
-    process = subprocess.Popen([*COMMAND, *arguments, "--out", killed], stdout=subprocess.PIPE)
-    while not (tmp_path / "killed" / "checkpoints").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "killed" / "result.json").exists()
-    for out in (killed, whole):
-        run_command(*arguments, "--out", out, check=True)
-    results = [json.loads((Path(out) / "result.json").read_text()) for out in (killed, whole)]
-    assert results[0]["parameters"] == results[1]["parameters"]
-    assert results[0]["elbo"] == results[1]["elbo"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--num-data", "0"), "num_data: expected at least 1, got 0"),
-        (("--sigma", "0"), "sigma: expected a positive, finite standard deviation, got 0.0"),
-        (("--sigma-0", "-2"), "sigma_0: expected a positive, finite standard deviation, got -2.0"),
-        (("--num-data", "10", "--batch-size", "11"), "batch_size: expected 1 to num_data = 10"),
-        (("--objective", "ELBO"), "objective: expected one of Trace_ELBO, .*, got 'ELBO'"),
-        (("--num-seeds", "many"), "--num-seeds: invalid literal"),
-        (("--no-such-option",), "--no-such-option"),
-        (("--num-data", "2"), "the likelihood has no maximum"),
-        (("--num-data", "1"), "expected conditions that vary"),
-        (("--out", "{file}/below"), "out: expected a directory that can be written"),
-        (("--out", "{foreign}"), "holds other files; give another directory"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_status_2(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.tex").write_text("mine")
-    names = {name: str(tmp_path / name) for name in ("file", "foreign")}
-    arguments = [argument.format(**names) for argument in arguments]
-    stderr = io.StringIO()
-    monkeypatch.setattr(sys, "argv", ["gaussian_mean.py", "--no-progress", *arguments])
-    monkeypatch.setattr(sys, "stderr", stderr)
-    with pytest.raises(SystemExit) as caught:
-        script.command_line(script.main, script.Config)
-    assert caught.value.code == 2
-    (line,) = stderr.getvalue().splitlines()
-    assert line.startswith("error: ")
-    assert re.search(message, line), line
-    assert {p.name for p in tmp_path.iterdir()} == {"file", "foreign"}
-    assert [p.name for p in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
-
-
-def test_bad_input_as_the_user_types_it(tmp_path):
-    done = run_command("--sigma", "-1", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"sigma": 3.0}, "holds another run .*sigma was 1.0, is 3.0"),
-        ("broken", "expected JSON, got something else"),
-    ],
-)
-def test_another_runs_directory_is_not_touched(tmp_path, content, message):
-    config = script.Config(**SMALL, out=tmp_path / "run")
-    script.main(config)
-    if content == "broken":
-        (tmp_path / "run" / "config.json").write_text("{")
-        other = config
-    else:
-        other = script.Config(**SMALL, **content, out=tmp_path / "run")
-    before = {p: p.read_bytes() for p in (tmp_path / "run").glob("*.*")}
-    with pytest.raises(ValueError, match=message):
-        script.main(other)
-    assert {p: p.read_bytes() for p in (tmp_path / "run").glob("*.*")} == before
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", sorted(script.OBJECTIVES))
 def test_every_objective_trains(objective):
     config = script.Config(objective=objective, num_seeds=1, num_steps=1500, progress=False)
-    data = config.truth().simulate(config.num_data, config.seed)
-    maximum, best = gaussian_mean.maximum_likelihood(data, config.sigma_0)
-    fitted = script.train(config, data)
-    elbos = script.judge(config, data, fitted)
-    result = script.summarize(config, data, fitted, elbos, maximum, best)
+    result = results_of(config)
     assert max(worst_errors(result).values()) < 3, worst_errors(result)
-    assert abs(result["elbo"]["estimate"] - best) < 0.005
+    assert abs(result["elbo"]["estimate"] - result["elbo"]["maximum_likelihood"]) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_data": 0}, "num_data: expected at least 1, got 0"),
+        ({"sigma": 0.0}, "sigma: expected a positive, finite standard deviation, got 0.0"),
+        ({"sigma_0": -2.0}, "sigma_0: expected a positive, finite standard deviation, got -2.0"),
+        ({"num_data": 10, "batch_size": 11}, "batch_size: expected 1 to num_data = 10"),
+        ({"objective": "ELBO"}, "objective: expected one of Trace_ELBO, .*, got 'ELBO'"),
+        ({"average": 1.0}, "average: expected a fraction below 1, got 1.0"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        script.Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("num_data", "message"),
+    [(2, "the likelihood has no maximum"), (1, "expected conditions that vary")],
+)
+def test_data_without_a_maximum_are_refused_before_anything_is_written(num_data, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        script.main(script.Config(num_data=num_data, out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_coordinates_make_the_inputs_uncorrelated():
@@ -214,10 +118,3 @@ def test_coordinates_make_the_inputs_uncorrelated():
     matrix = script.coordinates(x, c, 1.0, scale=2.0).astype(float)
     outputs = np.stack([x, c, np.ones(1_000)], axis=1) @ matrix
     np.testing.assert_allclose(outputs.T @ outputs / 1_000, 4 * np.eye(3), atol=0.05)
-
-
-def test_config_is_a_command_line():
-    done = run_command("--help")
-    assert done.returncode == 0
-    for name in script.Config.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in done.stdout or f"-{name}" in done.stdout

@@ -15,7 +15,6 @@ import numpyro.distributions as dist
 import optax
 import pandas as pd
 import pytest
-import xarray as xr
 from numpyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from numpyro.infer.elbo import ELBO
 
@@ -50,6 +49,17 @@ def run(data=DATA, **settings):
     return fit(model, guide, data, **settings)
 
 
+@pytest.fixture(scope="module")
+def plain():
+    return run()
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Where three seeds start."""
+    return run(num_seeds=3, num_steps=1, optimizer=optax.sgd(0.0))
+
+
 def assert_same_bits(a, b):
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
     np.testing.assert_array_equal(a.elbo, b.elbo)
@@ -76,19 +86,18 @@ def visits(**settings):
 
 
 def test_data_are_drawn_without_replacement_in_another_order_for_every_seed():
-    counted, _ = visits(num_steps=3)
+    counted, _ = visits(num_steps=1)
     assert counted.max() == 1
-    np.testing.assert_array_equal(counted.sum(1), 12)
-    assert len(np.unique(visits(num_steps=1)[0], axis=0)) == 5
-    whole, _ = visits(num_steps=13)  # four epochs
-    np.testing.assert_array_equal(whole, 4)
+    np.testing.assert_array_equal(counted.sum(1), 4)
+    assert len(np.unique(counted, axis=0)) == 5
 
 
 def test_num_epochs_covers_the_data():
     counted, result = visits(num_epochs=2)
     assert result.elbo.shape == (5, 7)
     assert result.config["num_steps"] == 7
-    assert counted.min() == 2
+    assert (counted.min(), counted.max()) == (2, 3)
+    np.testing.assert_array_equal(counted.sum(1), 28)
 
 
 def test_data_keep_their_type_and_are_prepared_on_the_device_at_every_step():
@@ -112,20 +121,11 @@ def test_data_keep_their_type_and_are_prepared_on_the_device_at_every_step():
     assert len(np.unique(result.elbo)) == 30  # new noise at every step, the same data
 
 
-def test_data_may_be_lists_a_dataframe_or_a_dataset():
-    expected = run()
-    for data in (
-        {name: array.tolist() for name, array in DATA.items()},
-        pd.DataFrame(DATA),
-        xr.Dataset({name: ("row", array) for name, array in DATA.items()}),
-    ):
-        assert_same_bits(run(data), expected)
-
-
-def test_types_that_change_on_the_device_are_recorded():
-    wide = {"c": C, "x": DATA["x"].astype(np.float64)}
-    assert run(wide).info["converted"] == {"x": "float64 to float32"}
-    assert run().info["converted"] == {}
+def test_a_dataframe_of_wide_floats_is_what_the_device_makes_of_it(plain):
+    result = run(pd.DataFrame({"c": DATA["c"], "x": DATA["x"].astype(np.float64)}))
+    assert_same_bits(result, plain)
+    assert result.info["converted"] == {"x": "float64 to float32"}
+    assert plain.info["converted"] == {}
 
 
 # --- what the host does ---------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_programs_are_traced_and_compiled_equally_often_however_long_the_run(cap
     def count(num_steps):
         calls.clear()
         caplog.clear()
-        fit(counted_model, guide, DATA, num_steps=num_steps, batch_size=16, progress=False)
+        fit(counted_model, guide, DATA, num_steps=num_steps, progress=False)
         messages = [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
         return len(calls), len(messages)
 
@@ -164,36 +164,31 @@ def test_the_host_looks_once_per_chunk(monkeypatch):
     assert 6000 / MAX_CHUNK < len(looks) < 100
 
 
-def test_result_names_the_device_and_is_json():
-    result = run()
-    assert result.info["device"] == jax.devices()[0].device_kind
-    assert result.info["seconds"].keys() == {"compile", "run", "total"}
-    assert json.loads(json.dumps(result.config)) == result.config
-    assert json.loads(json.dumps(result.info)) == result.info
+def test_result_names_the_device_and_is_json(plain):
+    assert plain.info["device"] == jax.devices()[0].device_kind
+    assert plain.info["seconds"].keys() == {"compile", "run", "total"}
+    assert json.loads(json.dumps(plain.config)) == plain.config
+    assert json.loads(json.dumps(plain.info)) == plain.info
 
 
 # --- optimisers and objectives --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        optax.adamw(optax.cosine_decay_schedule(0.01, 40)),
-        optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(0.01, momentum=0.9)),
-    ],
-    ids=["schedule", "chain"],
-)
-def test_any_optimizer(optimizer):
+def test_any_optimizer():
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.rmsprop(optax.cosine_decay_schedule(0.02, 200), momentum=0.9),
+    )
     result = run(optimizer=optimizer, num_steps=200)
     assert result.elbo[0, -50:].mean() > result.elbo[0, :10].mean()
 
 
-def test_parameters_are_frozen_by_configuration():
+def test_parameters_are_frozen_by_configuration(start):
     optimizer = optax.partition(
         {"free": optax.adam(0.01), "frozen": optax.set_to_zero()},
         {"slope": "frozen", "weights": "free", "scale": "free"},
     )
-    start, end = run(num_steps=1, optimizer=optax.sgd(0.0)), run(optimizer=optimizer)
+    end = run(optimizer=optimizer, num_seeds=3)
     np.testing.assert_array_equal(start.params["slope"], end.params["slope"])
     assert not np.array_equal(start.params["weights"], end.params["weights"])
 
@@ -216,35 +211,24 @@ def test_any_objective(objective):
 # --- seeds ----------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_bits():
-    assert_same_bits(run(), run())
-    assert not np.array_equal(run().elbo, run(seed=1).elbo)
+def test_the_same_seed_gives_the_same_bits(plain):
+    assert_same_bits(run(), plain)
 
 
 def test_each_seed_equals_the_run_with_that_seed_alone():
-    together = run(seed=3, num_seeds=3, num_steps=60)
-    assert together.seeds == [3, 4, 5]
-    for i in range(3):
-        alone = run(seed=3 + i, num_steps=60)
+    together = run(seed=3, num_seeds=2)
+    assert together.seeds == [3, 4]
+    for i in range(2):
+        alone = run(seed=3 + i)
         np.testing.assert_allclose(together.elbo[i], alone.elbo[0], rtol=2e-6)
         for name, value in together.params.items():
             np.testing.assert_allclose(value[i], alone.params[name][0], rtol=2e-5, atol=1e-6)
+    assert not np.array_equal(*together.elbo)
 
 
-def test_seeds_start_differently():
-    start = run(num_seeds=3, num_steps=1, optimizer=optax.sgd(0.0))
+def test_seeds_start_differently(start):
     assert len(np.unique(start.params["slope"])) == 3
     assert len(np.unique(start.params["weights"])) == 9
-
-
-def test_average_is_the_mean_over_the_tail():
-    averaged = run(num_steps=10, average=0.3)
-    iterates = [run(num_steps=n).params for n in (8, 9, 10)]
-    for name in ("slope", "weights"):
-        mean = np.mean([np.asarray(p[name]) for p in iterates], axis=0)
-        np.testing.assert_allclose(averaged.params[name], mean, rtol=1e-6, atol=1e-7)
-    log_scales = [np.log(np.asarray(p["scale"])) for p in iterates]  # in unconstrained space
-    np.testing.assert_allclose(np.log(averaged.params["scale"]), np.mean(log_scales, 0), atol=1e-6)
 
 
 # --- held-out data --------------------------------------------------------------------------------
@@ -268,6 +252,15 @@ def climb(**settings):
         "progress": False,
     } | settings
     return fit(climbing_model, no_latents, {"x": np.ones(20, np.float32)}, **settings)
+
+
+def test_average_is_the_mean_over_the_tail():
+    result = climb(num_steps=10, average=0.3, validation=None, validate_every=None)
+    # the gradient shrinks the distance to the mean of the data by 0.98 at every step
+    distance = np.sqrt(-2 * (result.elbo[0] + 0.5 * np.log(2 * np.pi)))
+    np.testing.assert_allclose(distance, distance[0] * 0.98 ** np.arange(10), rtol=1e-4)
+    averaged = 1 - distance[0] * np.mean(0.98 ** np.arange(8, 11))
+    np.testing.assert_allclose(result.params["loc"][0], averaged, rtol=1e-4)
 
 
 def test_early_stopping_keeps_the_best_parameters_of_each_seed():
@@ -322,27 +315,26 @@ def test_a_fraction_of_the_data_is_held_out():
     np.testing.assert_allclose(result.elbo[:, 0], exact(kept), rtol=1e-5)
 
 
-def test_another_objective_may_judge_the_held_out_data():
+def test_another_objective_may_judge_the_held_out_data(start):
     """The importance-weighted bound of many draws is the likelihood, which here is a formula."""
     held_out = {name: array[:50] for name, array in DATA.items()}
-    settings = {"validation": held_out, "num_steps": 1, "optimizer": optax.sgd(0.0)}
     judge = RenyiELBO(alpha=0, num_particles=4000)
-    judged, plain = run(**settings, validation_objective=judge), run(**settings)
-    np.testing.assert_array_equal(judged.elbo, plain.elbo)
+    settings = {"num_steps": 1, "optimizer": optax.sgd(0.0)}
+    judged = run(**settings, validation=held_out, validation_objective=judge)
+    np.testing.assert_allclose(judged.elbo, start.elbo[:1], rtol=1e-5)  # the trace is the ELBO's
     error = held_out["x"] - judged.params["slope"][0] * held_out["c"]
     exact = np.mean(-0.5 * error**2 / 2 - 0.5 * np.log(4 * np.pi))
     gap = exact - judged.validation_elbo[0, 0]
     # The weights' relative variance is that of a Gaussian proposal for a Gaussian target.
     weights = relative_variance_of_weights(judged, held_out)
     assert abs(gap) < (weights / 2 / 4000).mean() + 4.5 * np.sqrt(weights.sum() / 4000) / 50
-    assert exact - plain.validation_elbo[0, 0] > 10 * abs(gap)
     assert "RenyiELBO(alpha=0, num_particles=4000" in judged.config["validation_objective"]
 
 
 def relative_variance_of_weights(result, data):
     """E_q[w^2] / E_q[w]^2 - 1 by a sum over a grid of z."""
     w, slope = result.params["weights"][0], result.params["slope"][0]
-    z = np.linspace(-15, 15, 20_001)[:, None]
+    z = np.linspace(-15, 15, 2001)[:, None]
     normal = lambda z, loc, scale: np.exp(-0.5 * ((z - loc) / scale) ** 2) / scale  # noqa: E731
     q = normal(z, w[0] * data["x"] + w[1] * data["c"] + w[2], result.params["scale"][0])
     p = normal(z, slope * data["c"], 1.0) * normal(data["x"], z, 1.0)
@@ -359,10 +351,11 @@ def test_early_stopping_follows_the_objective_it_is_given():
 
     result = climb(patience=3, validation_objective=Opposite())
     assert result.info["num_steps"] == [4]
-    assert abs(float(result.params["loc"][0])) < 0.4
-    np.testing.assert_allclose(
-        result.validation_elbo[:, :4], -climb(patience=3).validation_elbo[:, :4], rtol=1e-6
-    )
+    loc = float(result.params["loc"][0])  # after the first step
+    assert abs(loc) < 0.4
+    expected = 0.5 * (0.5 - loc) ** 2 + 0.5 * np.log(2 * np.pi)
+    np.testing.assert_allclose(result.validation_elbo[0, 0], expected, rtol=1e-5)
+    assert (np.diff(result.validation_elbo[0, :4]) < 0).all()
 
 
 def test_held_out_data_are_prepared_once_or_given_as_the_programs_take_them():
@@ -418,24 +411,22 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step():
     def cornered_model(x):
         loc = numpyro.param("loc", lambda key: jax.random.normal(key))
         with numpyro.plate("rows", len(x)):
-            numpyro.factor("f", -0.5 * (x - loc) ** 2 - jnp.where(x == 7, jnp.sqrt(0 * loc), 0.0))
+            root = jnp.sqrt(jnp.where(x == 7, 0 * loc, 1.0))
+            numpyro.factor("f", -0.5 * (x - loc) ** 2 - root)
 
     data = {"x": np.concatenate([np.full(1, 7, np.float32), np.ones(63, np.float32)])}
     settings = {"batch_size": 4, "optimizer": optax.sgd(0.1), "progress": False}
     with pytest.raises(NonFiniteError) as caught:
-        fit(cornered_model, no_latents, data, num_steps=32, num_seeds=2, **settings)
+        fit(cornered_model, no_latents, data, num_steps=32, num_seeds=2, seed=2, **settings)
     error = caught.value
-    seed, step = error.seed, error.step
+    i, step = error.seed - 2, error.step
     assert error.fault == "gradient of parameter 'loc'"
     assert np.isfinite(error.fit.params["loc"]).all()
     assert np.isfinite(error.fit.elbo[:, : step - 1]).all()
     assert np.isnan(error.fit.elbo[:, step - 1 :]).all()
     assert step > 1
-    before = fit(cornered_model, no_latents, data, num_steps=step - 1, seed=seed, **settings)
-    np.testing.assert_array_equal(error.fit.params["loc"][seed], before.params["loc"][0])
-    with pytest.raises(NonFiniteError) as caught:  # at the last step of a run too
-        fit(cornered_model, no_latents, data, num_steps=step, seed=seed, **settings)
-    assert caught.value.step == step
+    before = fit(cornered_model, no_latents, data, num_steps=step - 1, seed=error.seed, **settings)
+    np.testing.assert_array_equal(error.fit.params["loc"][i], before.params["loc"][0])
 
 
 def test_a_bad_gradient_at_the_last_step_names_the_seed_it_happened_to():
@@ -447,34 +438,33 @@ def test_a_bad_gradient_at_the_last_step_names_the_seed_it_happened_to():
             numpyro.factor("f", -0.5 * (x - loc) ** 2 - root)
 
     data = {"x": np.zeros(4, np.float32)}
-    settings = {"num_steps": 1, "num_seeds": 8, "progress": False}
-    start = fit(climbing_model, no_latents, data, optimizer=optax.sgd(0.0), **settings)
+    settings = {"num_steps": 1, "num_seeds": 8, "optimizer": optax.sgd(0.1), "progress": False}
     with pytest.raises(NonFiniteError) as caught:
-        fit(fragile_model, no_latents, data, optimizer=optax.sgd(0.1), **settings)
+        fit(fragile_model, no_latents, data, **settings)
     assert caught.value.step == 1
-    first_bad = int(np.argmax(np.asarray(start.params["loc"]) * 10 > 0.5))  # starts at a tenth
+    first_bad = int(np.argmax(np.asarray(caught.value.fit.params["loc"]) > 0.5))
     assert first_bad > 0
     assert caught.value.seed == first_bad
 
 
 @pytest.mark.parametrize(
-    ("change", "optimizer", "fault"),
+    ("change", "start", "fault"),
     [
-        (lambda z: jnp.log(z - 100), None, "model site 'x': log density"),
-        (lambda z: z, optax.sgd(1e30), "parameter 'slope'"),
+        (lambda z: jnp.log(z - 100), 0.5, "model site 'x': log density"),
+        (lambda z: z, np.nan, "parameter 'slope'"),
     ],
     ids=["site", "parameter"],
 )
-def test_the_first_site_or_parameter_that_is_not_finite_is_named(change, optimizer, fault):
+def test_the_first_site_or_parameter_that_is_not_finite_is_named(change, start, fault):
     def breaking_model(c, x=None):
-        slope = numpyro.param("slope", 0.5)
+        slope = numpyro.param("slope", start)
         with numpyro.plate("rows", len(c)):
             z = numpyro.sample("z", dist.Normal(slope * c, 1.0))
             numpyro.sample("x", dist.Normal(change(z), 1.0), obs=x)
 
     with pytest.raises(NonFiniteError) as caught:
-        fit(breaking_model, guide, DATA, optimizer=optimizer, num_steps=5, progress=False)
-    assert caught.value.fault.startswith(fault)
+        fit(breaking_model, guide, DATA, num_steps=5, progress=False)
+    assert caught.value.fault == fault
     assert fault in str(caught.value)
 
 
@@ -537,24 +527,14 @@ def test_expected_elbo_with_global_latents_does_not_depend_on_the_batch_size(bat
         batch_size=batch_size,
         num_steps=4000,
         optimizer=optax.sgd(0.0),
-        validation={"x": x[:7]},
-        validate_every=4,
         progress=False,
     )
-    for elbo, data, share in ((result.elbo[0], x, 1 / 20), (result.validation_elbo[0], x[:7], 0)):
-        local, divergence = exact_hierarchical_elbo(data)
-        error = elbo.std() / np.sqrt(len(elbo))
-        assert abs(elbo.mean() - (local - share * divergence)) < 4 * error
-        # The global latent's share alone is 1.2 nats / 20 data, and on held-out data it has none.
-        assert 4 * error < 0.06
-
-
-def test_expected_elbo_does_not_depend_on_the_batch_size():
-    results = [
-        run(batch_size=b, num_steps=2400, optimizer=optax.sgd(0.0)).elbo[0] for b in (4, 120)
-    ]
-    error = np.hypot(*(e.std() / np.sqrt(len(e)) for e in results))
-    assert abs(results[0].mean() - results[1].mean()) < 4 * error
+    elbo = result.elbo[0]
+    error = elbo.std() / np.sqrt(len(elbo))
+    local, divergence = exact_hierarchical_elbo(x)
+    assert abs(elbo.mean() - (local - divergence / 20)) < 4 * error
+    # The global latent's share alone is 1.2 nats / 20 data: many errors, were it counted wrongly.
+    assert 4 * error < 0.03
 
 
 def test_an_objective_that_weighs_whole_data_sets_refuses_batches_with_globals():
@@ -583,9 +563,9 @@ def test_importance_weights_are_per_datum():
     def loss(key, data):
         return objective.loss(key, params, model, guide, **data)
 
-    whole = jax.vmap(loss, (0, None))(keys, data)
     single = {name: array[:, None] for name, array in data.items()}
-    single = jax.vmap(jax.vmap(loss, (0, None)), (None, 0))(keys, single).mean(0)
+    whole = jax.jit(jax.vmap(loss, (0, None)))(keys, data)
+    single = jax.jit(jax.vmap(jax.vmap(loss, (0, None)), (None, 0)))(keys, single).mean(0)
     error = jnp.sqrt((whole.var() + single.var()) / len(keys))
     assert abs(whole.mean() - single.mean()) < 4 * error
 
@@ -596,24 +576,25 @@ def test_importance_weights_are_per_datum():
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize("num_seeds", [1, 2])
 def test_one_device_and_eight_agree_to_rounding(num_seeds):
-    mesh = jax.make_mesh((8,), ("data",))
-    one = run(num_steps=100, num_seeds=num_seeds)
-    eight = run(num_steps=100, num_seeds=num_seeds, mesh=mesh)
-    np.testing.assert_allclose(eight.elbo, one.elbo, rtol=1e-5)
-    for name, value in one.params.items():
-        np.testing.assert_allclose(eight.params[name], value, rtol=1e-4, atol=1e-6)
-        assert len(eight.params[name].sharding.device_set) == 8
-        assert eight.params[name].sharding.is_fully_replicated
-
-
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-def test_batches_are_split_over_the_mesh():
-    mesh = jax.make_mesh((8,), ("data",))
     shardings = []
 
     def spying_model(c, x=None):
         jax.debug.inspect_array_sharding(c, callback=shardings.append)
         model(c, x)
 
-    fit(spying_model, guide, DATA, num_steps=2, batch_size=16, mesh=mesh, progress=False)
-    assert any(len(s.device_set) == 8 and not s.is_fully_replicated for s in shardings)
+    settings = {"num_seeds": num_seeds, "num_steps": 100, "batch_size": 16, "progress": False}
+    one = run(**settings)
+    eight = fit(
+        spying_model if num_seeds == 1 else model,
+        guide,
+        DATA,
+        mesh=jax.make_mesh((8,), ("data",)),
+        **settings,
+    )
+    np.testing.assert_allclose(eight.elbo, one.elbo, rtol=1e-5)
+    for name, value in one.params.items():
+        np.testing.assert_allclose(eight.params[name], value, rtol=1e-4, atol=1e-6)
+        assert len(eight.params[name].sharding.device_set) == 8
+        assert eight.params[name].sharding.is_fully_replicated
+    if num_seeds == 1:  # every batch is split
+        assert any(len(s.device_set) == 8 and not s.is_fully_replicated for s in shardings)

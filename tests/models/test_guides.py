@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,8 @@ import optax
 import pytest
 from flax import nnx
 from numpyro import handlers
-from numpyro.infer import Trace_ELBO
+from numpyro.distributions import biject_to, constraints
+from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.util import log_density
 from scipy import stats
 
@@ -80,6 +80,19 @@ def params_in(sites):
     return {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
 
 
+def draw_params(rng, sites):
+    """A value for every parameter among the sites."""
+    params = {}
+    for name, site in sites.items():
+        if site["type"] == "param":
+            draws = jax.tree.map(
+                lambda p: jnp.asarray(rng.normal(size=jnp.shape(p)) / 2, jnp.float32), site["value"]
+            )
+            constraint = site["kwargs"].get("constraint", constraints.real)
+            params[name] = jax.tree.map(biject_to(constraint), draws)
+    return params
+
+
 def abstract_sites(program, data):
     """The sites of a program, as shapes: nothing is computed."""
     sites = {}
@@ -101,12 +114,13 @@ def test_every_family_draws_what_the_model_does_not_observe(name, rng):
         assert drawn["z"]["cond_indep_stack"] == z["cond_indep_stack"]
 
 
-# To compile a pair takes seconds: every family with one model, and with the other models the two
-# families that need most of them.
+# To compile a pair takes seconds: every family with one model, and the two families that need most
+# with numbers z and with the deepest model.
 PAIRS = [
     *itertools.product(guides.GUIDES, ["vae-labels"]),
-    *itertools.product(["semi-amortised"], ["toy", "linear-gaussian", "vae-convolutional"]),
-    *itertools.product(["flow"], ["toy", "vae-values", "quadrants"]),
+    ("semi-amortised", "toy"),
+    ("semi-amortised", "vae-values"),
+    ("flow", "toy"),
 ]
 
 
@@ -121,20 +135,19 @@ def test_a_family_has_gradients_and_a_density_everywhere(family, name, rng):
     @jax.jit
     def run(params, data, z):
         loss = lambda p: Trace_ELBO(num_particles=2).loss(KEY, p, model, guide, **data)  # noqa: E731
-        log_q = log_density(guide, (), data, params | {"z": z}, with_intermediates=False)[0]
+        log_q, _ = log_density(handlers.seed(guide, KEY), (), data, params | {"z": z})
         fn = handlers.trace(handlers.seed(handlers.substitute(guide, params), KEY))
         q = fn.get_trace(**data)["z"]["fn"]
         return *jax.value_and_grad(loss)(params), log_q, q.log_prob(z).sum()
 
-    starts = abstract_sites(model, data) | abstract_sites(guide, data)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, jnp.float32), params_in(starts)
-    )
+    params = draw_params(rng, abstract_sites(model, data) | abstract_sites(guide, data))
     loss, gradient, log_q, formula = run(params, data, z)
     assert np.isfinite(loss)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.isfinite(leaf).all(), path
-        assert np.abs(leaf).max() > 0, path
+        # with one dimension of z, a coupling in two keeps all of it
+        idle = family == "flow" and name == "toy" and path[0].key == "flow"
+        assert idle or np.abs(leaf).max() > 0, path
     np.testing.assert_allclose(log_q, formula, rtol=1e-5)
     assert np.isfinite(log_q)
     if name == "vae-labels":
@@ -148,16 +161,18 @@ def test_a_family_runs_with_64_bits(family, rng):
     """Types that do not fit are found by a trace. Networks stay in 32 bits."""
     model = MODELS["linear-gaussian"]
     with jax.enable_x64(True):
-        data = {
-            name: jnp.asarray(a, float) for name, a in make_data("linear-gaussian", rng).items()
-        }
+        data = make_data("linear-gaussian", rng)
+        data = {name: jnp.asarray(array, float) for name, array in data.items()}
         guide = guides.make(family, model, num_data=N)
-        params = params_in(abstract_sites(model, data) | abstract_sites(guide, data))
-        loss = lambda p: Trace_ELBO().loss(KEY, p, model, guide, **data)  # noqa: E731
-        value, gradient = jax.eval_shape(jax.value_and_grad(loss), params)
-    assert value.shape == ()
-    types = jax.tree.map(lambda p, g: p.dtype == g.dtype, params, gradient)
-    assert all(jax.tree.leaves(types))
+        svi = SVI(model, guide, optax.adam(1e-3), Trace_ELBO())
+
+        def steps(key):
+            start = svi.init(key, **data)
+            end, losses = jax.lax.scan(lambda s, _: svi.update(s, **data), start, length=2)
+            return svi.get_params(end), losses
+
+        params, losses = jax.eval_shape(steps, KEY)
+    assert losses.shape == (2,)
     for name in params.keys() & {"encoder", "flow", "z_loc", "z_scale"}:
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params[name]))
 
@@ -165,64 +180,69 @@ def test_a_family_runs_with_64_bits(family, rng):
 # --- densities ------------------------------------------------------------------------------------
 
 
-def posterior(family, rng, **settings):
-    """q(z | x) of a small model, its weights drawn at random."""
-    guide = guides.make(family, MODELS["vae"], **settings)
-    data = make_data("vae", rng)
-    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, jnp.float32)  # noqa: E731
-    params = jax.tree.map(draw, params_in(abstract_sites(guide, data)))
-    return sites_of(guide, data, params)["z"]["fn"]
+def on_posterior(family, rng, measure):
+    """``measure`` of q(z | x), in one compiled program. The guide's weights are random."""
+    guide, data = guides.make(family, MODELS["vae"]), make_data("vae", rng)
+    params = draw_params(rng, abstract_sites(guide, data))
+    return jax.jit(lambda p: measure(sites_of(guide, data, p)["z"]["fn"]))(params)
 
 
 @pytest.mark.parametrize("family", ["mean-field", "low-rank", "full-covariance"])
 def test_a_gaussian_family_is_a_gaussian(family, rng):
-    fn = posterior(family, rng)
-    z = fn.sample(KEY, (4000,))
+    def measure(fn):
+        z = fn.sample(KEY, (4000,))
+        is_diagonal = family == "mean-field"
+        covariance = jnp.eye(3) * fn.variance[..., None] if is_diagonal else fn.covariance_matrix
+        return z, fn.log_prob(z[:5]), fn.mean, covariance
+
+    z, log_prob, mean, expected = on_posterior(family, rng, measure)
     covariance = np.stack([np.cov(z[:, i].T) for i in range(N)])
-    expected = (
-        fn.covariance_matrix if family != "mean-field" else jnp.eye(3) * fn.variance[..., None]
-    )
     scale = np.sqrt(np.einsum("nii,njj->nij", expected, expected))
     # a covariance of S Gaussian draws has a standard error of at most sqrt(2 / S) of the scales
     assert (abs(covariance - expected) / scale < 5 * np.sqrt(2 / 4000)).all()
     off_diagonal = abs(expected[:, ~np.eye(3, dtype=bool)]).max()
     assert (off_diagonal > 1e-3) == (family != "mean-field")
     for i in range(N):
-        exact = stats.multivariate_normal(fn.mean[i], expected[i]).logpdf(z[:5, i])
-        np.testing.assert_allclose(fn.log_prob(z[:5])[:, i], exact, rtol=1e-3, atol=1e-2)
+        exact = stats.multivariate_normal(mean[i], expected[i]).logpdf(z[:5, i])
+        np.testing.assert_allclose(log_prob[:, i], exact, rtol=1e-3, atol=1e-2)
 
 
 def test_a_flow_is_its_base_carried_along(rng):
     """log q(T(u)) = log N(u) - log |det dT/du|, the determinant by differentiating T."""
-    fn = posterior("flow", rng)
-    u = fn.base_dist.sample(KEY)
 
-    def carry(u):
-        for transform in fn.transforms:  # the Cholesky factor's, and the couplings
-            u = transform(u)
-        return u
+    def measure(fn):
+        def carry(u):
+            for transform in fn.transforms:  # the Cholesky factor's, and the couplings
+                u = transform(u)
+            return u
 
-    z = carry(u)
-    jacobian = jax.jacobian(carry)(u)[jnp.arange(N), :, jnp.arange(N)]
-    log_det = jnp.linalg.slogdet(jacobian)[1]
+        u = fn.base_dist.sample(KEY)
+        jacobian = jax.jacobian(carry)(u)[jnp.arange(N), :, jnp.arange(N)]
+        log_det = jnp.linalg.slogdet(jacobian)[1]
+        draw, intermediates = fn.sample_with_intermediates(KEY)
+        both = fn.log_prob(draw, intermediates), fn.log_prob(draw)
+        return log_det, fn.log_prob(carry(u)), fn.base_dist.log_prob(u) - log_det, *both
+
+    log_det, log_prob, expected, remembered, solved = on_posterior("flow", rng, measure)
     assert abs(log_det).max() > 0.1
-    expected = fn.base_dist.log_prob(u) - log_det
-    np.testing.assert_allclose(fn.log_prob(z), expected, rtol=1e-3, atol=1e-2)
-    draw, intermediates = fn.sample_with_intermediates(KEY)
-    np.testing.assert_allclose(
-        fn.log_prob(draw, intermediates), fn.log_prob(draw), rtol=1e-3, atol=1e-2
-    )
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(remembered, solved, rtol=1e-3, atol=1e-2)
 
 
 def test_a_flow_starts_as_the_full_covariance(rng):
     data = make_data("vae", rng)
-    fn = sites_of(guides.flow(MODELS["vae"]), data)["z"]["fn"]
-    gaussian, *couplings = fn.transforms
-    assert len(couplings) == 4
-    z = fn.sample(KEY)
-    noise = gaussian.inv(z)
-    expected = fn.base_dist.log_prob(noise) - gaussian.log_abs_det_jacobian(noise, z)
-    np.testing.assert_allclose(fn.log_prob(z), expected, rtol=1e-4, atol=1e-4)
+
+    @jax.jit
+    def run():
+        fn = sites_of(guides.flow(MODELS["vae"]), data)["z"]["fn"]
+        gaussian, *couplings = fn.transforms
+        assert len(couplings) == 4
+        z = fn.sample(KEY)
+        noise = gaussian.inv(z)
+        expected = fn.base_dist.log_prob(noise) - gaussian.log_abs_det_jacobian(noise, z)
+        return fn.log_prob(z), expected
+
+    np.testing.assert_allclose(*run(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_rank_above_the_dimensions_of_z_counts_as_all_of_them(rng):
@@ -269,8 +289,8 @@ def test_a_plain_function_needs_an_encoder(family):
     )
     with pytest.raises(TypeError, match=message):
         guides.make(family, plain)
-    with pytest.raises(TypeError, match="got SimpleNamespace without it"):
-        guides.make(family, SimpleNamespace())
+    with pytest.raises(TypeError, match="got partial without it"):
+        guides.make(family, functools.partial(plain))
     guide = guides.make(family, plain, encoder=Affine)
     z = abstract_sites(guide, {"x": jnp.zeros((N, 2))})["z"]
     assert z["fn"].event_shape == (2, 2)
@@ -310,7 +330,7 @@ def positive(x):
         (two, "z (Real(), one per datum), z2 (Real(), one per datum)"),
         (renamed, "h (Real(), one per datum)"),
         (common, "z (Real(), global)"),
-        (positive, "z (Independent(Positive(lower_bound=0.0), 1), one per datum)"),
+        (positive, "z (IndependentConstraint(Positive(lower_bound=0.0), 1), one per datum)"),
         (lambda x: None, "none"),
     ],
 )
@@ -333,7 +353,7 @@ def test_a_look_at_the_model_leaves_no_trace(rng):
 
 def test_the_prior_has_no_divergence(rng):
     model, data = MODELS["vae-values"], make_data("vae-values", rng)
-    params = params_in(sites_of(model, data))
+    params = draw_params(rng, abstract_sites(model, data))
     result = Fit.from_params(model, guides.prior(model), params, example=data)
     np.testing.assert_array_equal(elbo_terms(result, data).kl.pointwise, 0.0)
 
@@ -378,7 +398,7 @@ def test_refined_numbers_are_each_datums_own_optimum(rng):
 def test_refining_raises_the_elbo_of_any_encoder(rng):
     data = {"x": jnp.asarray(rng.normal(size=(200, 3)), jnp.float32)}
     families = guides.mean_field(gaussian_model), guides.semi_amortised(gaussian_model)
-    params = {"encoder": sites_of(families[0], data)["encoder"]["value"]}
+    params = draw_params(rng, abstract_sites(families[0], data))
     plain, refined = (
         pointwise_elbo(
             Fit.from_params(gaussian_model, guide, params, example=data),
@@ -396,10 +416,9 @@ def test_refining_raises_the_elbo_of_any_encoder(rng):
 # --- what training arrives at ---------------------------------------------------------------------
 
 
-def train(model, guide, data, objective):
-    """The ELBO of each datum after a fit on all of them, and the parameters."""
+def train(model, guide, data, objective="Trace_ELBO"):
     num_steps = 3000 if isinstance(guide, guides.PerDatum) else 1500
-    result = fit(
+    return fit(
         model,
         guide,
         data,
@@ -408,15 +427,24 @@ def train(model, guide, data, objective):
         num_steps=num_steps,
         progress=False,
     )
-    elbo = pointwise_elbo(result, data, key=KEY, num_samples=500)
-    return elbo.pointwise[0], result.params_of(0)
+
+
+def divergence(fn, x):
+    """KL(q || p(z | x)) of each datum, where q is Gaussian, in float64."""
+    loc, is_diagonal = np.asarray(fn.mean, np.float64), not hasattr(fn, "covariance_matrix")
+    cov = np.asarray(fn.variance, np.float64)[..., None] * np.eye(2) if is_diagonal else None
+    cov = np.asarray(fn.covariance_matrix, np.float64) if cov is None else cov
+    off = loc - np.linalg.solve(PRECISION, WEIGHTS.T @ np.asarray(x, np.float64).T / 0.25).T
+    log_det = np.linalg.slogdet(PRECISION)[1] + np.linalg.slogdet(cov)[1]
+    trace = np.einsum("ij,nji->n", PRECISION, cov)
+    return 0.5 * (trace + np.einsum("ni,ij,nj->n", off, PRECISION, off) - 2 - log_det)
 
 
 @pytest.mark.parametrize(
     ("family", "objective"),
     [
         ("mean-field", "Trace_ELBO"),
-        ("per-datum", "TraceMeanField_ELBO"),
+        ("per-datum", "Trace_ELBO"),
         ("semi-amortised", "Trace_ELBO"),
         ("low-rank", "Trace_ELBO"),
         ("full-covariance", "sticking-the-landing"),
@@ -425,19 +453,25 @@ def train(model, guide, data, objective):
 )
 def test_a_family_loses_what_it_must(family, objective, rng):
     """Nothing, or 1/2 (sum_i log Lambda_ii - log det Lambda) (mean field)."""
-    x = rng.normal(size=(1024, 2)) @ WEIGHTS.T + 0.5 * rng.normal(size=(1024, 3))
-    x = jnp.asarray(x, jnp.float32)
-    guide = guides.make(family, gaussian_model, num_data=1024)
-    elbo, _ = train(gaussian_model, guide, {"x": x}, objective)
-    gap = log_marginal(x).mean() - elbo.mean()
-    predicted = 0.5 * (np.log(np.diag(PRECISION)).sum() - np.linalg.slogdet(PRECISION)[1])
-    error = log_marginal(x).std() / np.sqrt(len(x))  # of the mean log-likelihood
-    assert predicted > 4 * error
-    reaches = family in ("low-rank", "full-covariance", "flow")
-    assert abs(gap - (0.0 if reaches else predicted)) < 0.1 * error
+    x = rng.normal(size=(512, 2)) @ WEIGHTS.T + 0.5 * rng.normal(size=(512, 3))
+    data = {"x": jnp.asarray(x, jnp.float32)}
+    guide = guides.make(family, gaussian_model, num_data=512, num_layers=2, num_hidden=8)
+    result = train(gaussian_model, guide, data, objective)
+    least = 0.5 * (np.log(np.diag(PRECISION)).sum() - np.linalg.slogdet(PRECISION)[1])
+    assert least > 0.1
+    if family in ("low-rank", "full-covariance", "flow"):
+        least = 0.0
+    if family == "flow":  # no formula
+        elbo = pointwise_elbo(result, data, num_samples=100).pointwise[0]
+        gaps = log_marginal(x) - elbo
+        error = 4 * gaps.std() / np.sqrt(len(gaps))
+    else:
+        gaps = divergence(sites_of(guide, data, result.params_of(0))["z"]["fn"], data["x"])
+        error = 1e-4  # rounding
+    assert least - error < gaps.mean() < least + 0.01 + error
 
 
-@pytest.mark.parametrize("family", ["mean-field", "semi-amortised", "prior"])
+@pytest.mark.parametrize("family", ["mean-field", "prior"])
 def test_the_toy_is_recovered_by_every_family_that_can(family):
     """Model and guide together: the best ELBO of the data, which z's prior as guide must miss.
 
@@ -445,7 +479,9 @@ def test_the_toy_is_recovered_by_every_family_that_can(family):
     """
     model, data = gaussian_mean.Model(), gaussian_mean.Truth().simulate(1024, seed=0)
     best, best_elbo = gaussian_mean.maximum_likelihood(data, 1.0)
-    elbo, params = train(model, guides.make(family, model), data, "Trace_ELBO")
+    result = train(model, guides.make(family, model), data)
+    elbo = pointwise_elbo(result, data, num_samples=500).pointwise[0]
+    params = result.params_of(0)
     variance = 1 + np.exp(best["theta_3"])
     predicted = np.log(1 + 1 / variance) / 2 if family == "prior" else 0.0
     exact = gaussian_mean.log_likelihood(best, 1.0, data["c"], data["x"])
