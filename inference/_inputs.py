@@ -21,6 +21,7 @@ from numpyro.infer.elbo import ELBO
 
 from inference._checks import (
     SUPPORT_ROWS,
+    ProgramError,
     Programs,
     check_mean_field,
     check_supports,
@@ -109,6 +110,11 @@ def check(
         num_data=settings.num_data,
         can_infer_discrete=trained.can_infer_discrete,
     )
+    if not programs.params:
+        raise ProgramError(
+            "programs: expected a numpyro.param to train, got none; Fit.from_params(model, guide, "
+            "{}, example=data) takes programs without parameters to the judges"
+        )
     _check_objectives(model, guide, batch, key, trained, validation_objective, programs, settings)
     _prime(guide, preprocess, settings, key, arrays)
     plan = Plan(
@@ -372,13 +378,14 @@ def _initial(init: Any, programs: Programs, settings: Settings) -> dict[str, Any
                 f"init: expected a fit of {settings.num_seeds} seeds, got one of "
                 f"{init.num_seeds}; leave num_seeds out"
             )
-        params = init.params
+        params = init.params | init.mutable
     else:
         params = jax.tree.map(
             lambda p: jnp.broadcast_to(p, (settings.num_seeds, *jnp.shape(p))), dict(init)
         )
     for name, value in params.items():
-        expected, got = programs.params.get(name), jax.tree.map(lambda p: p[0], value)
+        expected = (programs.params | programs.mutable).get(name)
+        got = jax.tree.map(lambda p: p[0], value)
         if expected is None:
             raise ValueError(
                 f"init[{name!r}]: expected parameters of the programs, which are "

@@ -62,11 +62,7 @@ def judged_data(result: Fit, data: Any) -> Judged:
         ValueError: plain data where the fit has a preprocess; data that the programs do not take,
             or that the guide was not fitted to where it has numbers for each datum.
     """
-    if not isinstance(result, Fit):
-        raise TypeError(
-            f"result: expected what fit returns, got {type(result).__name__}; known parameters "
-            f"become a fit by Fit.from_params(model, guide, params, example=data)"
-        )
+    require_fit(result)
     if not isinstance(data, Prepared):
         if result.config.get("preprocess") is not None or result.preprocess is not None:
             raise ValueError(
@@ -83,6 +79,15 @@ def judged_data(result: Fit, data: Any) -> Judged:
         raise ProgramError(tied_message(programs))
     _check_values(result, arrays, programs, described, num_data)
     return Judged(arrays, programs, described)
+
+
+def require_fit(result: Any) -> None:
+    """Raises TypeError for anything but a fit."""
+    if not isinstance(result, Fit):
+        raise TypeError(
+            f"result: expected what fit returns, got {type(result).__name__}; known parameters "
+            f"become a fit by Fit.from_params(model, guide, params, example=data)"
+        )
 
 
 def _check_like_training(result: Fit, arrays: Arrays) -> None:

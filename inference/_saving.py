@@ -130,7 +130,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     remedy = "give the directory that Fit.save wrote, or save the fit anew"
     try:
         described = json.loads((path / "fit.json").read_text())
-        with np.load(path / "arrays.npz", allow_pickle=False) as archive:
+        with (
+            (path / "arrays.npz").open("rb") as stream,
+            np.load(stream, allow_pickle=False) as archive,
+        ):
             stored = {name: archive[name] for name in archive.files}
         if described["format"] > FORMAT:
             raise FitError(

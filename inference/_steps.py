@@ -121,13 +121,16 @@ def init(plan: Plan, keys: Array, data: Batch, params: Mapping[str, Any]) -> Sta
         plan: the run's.
         keys: one a seed.
         data: arrays of shape (N, ...).
-        params: values by name, with a seed axis, in place of the programs' own.
+        params: values of parameters and mutable sites by name, with a seed axis, in place of the
+            programs' own.
     """
 
     def init_seed(key: Array, params: Mapping[str, Any]) -> SVIState:
         init_key, batch_key = random.split(random.fold_in(key, INIT))
-        batch = first_batch(plan, batch_key, data)
-        return plan.svi().init(init_key, init_params=dict(params) or None, **batch)
+        batch, svi, given = first_batch(plan, batch_key, data), plan.svi(), dict(params)
+        if given and plan.programs.mutable:  # NumPyro takes a network's both or makes both
+            given = (svi.init(init_key, **batch).mutable_state or {}) | given
+        return svi.init(init_key, init_params=given or None, **batch)
 
     svi_state, settings = jax.vmap(init_seed)(keys, dict(params)), plan.settings
     params, mutable = svi_state.optim_state[1][0], svi_state.mutable_state

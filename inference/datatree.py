@@ -172,8 +172,15 @@ def to_datatree(
 
 def _parameters(result: Fit) -> dict[str, np.ndarray]:
     """The fitted parameters, (seed, draw=1, ...)."""
-    leaves = jax.tree_util.tree_leaves_with_path(result.params)
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    named = {
+        name: {
+            jax.tree_util.keystr(path, simple=True, separator="."): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        if isinstance(tree, Mapping | tuple | list)
+        else tree
+        for name, tree in result.params.items()
+    }
     arrays = _arrays("parameters", named)
     _check_axes("parameters", arrays, seed=result.num_seeds)
     return {name: array[:, None] for name, array in arrays.items()}

@@ -433,7 +433,7 @@ def _log_weight(
 
     def draw(key: Array) -> Array:
         if sums:
-            return summed_log_weight(model, guide, params, data, key)
+            return summed_log_weight(model, guide, plates, params, data, key)
         log_q, q_sites, log_p, p_sites = _run(model, guide, params, data, key)
         log_p = plates.sum_by_datum(log_p, p_sites, size)
         return log_p - plates.sum_by_datum(log_q, q_sites, size)
@@ -596,9 +596,9 @@ def _importance_sample(
         return new, old * total + w.sum(0), old**2 * squares + (w**2).sum(0), largest
 
     # The first draws may have no finite weight: a finite floor keeps the differences defined.
-    shape = jax.eval_shape(draw, key).shape
-    zeros, floor = jnp.zeros(shape), jnp.full(shape, jnp.finfo(jnp.float32).min)
-    start = floor, zeros, zeros, jnp.full((*shape, num_largest), -jnp.inf)
+    one = jax.eval_shape(draw, key)
+    zeros, floor = jnp.zeros_like(one), jnp.full_like(one, jnp.finfo(one.dtype).min)
+    start = floor, zeros, zeros, jnp.full((*one.shape, num_largest), -jnp.inf, one.dtype)
     greatest, total, squares, largest = lax.fori_loop(0, -(-num_samples // at_once), add, start)
     return (
         greatest + jnp.log(total / num_samples),

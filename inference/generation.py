@@ -19,7 +19,15 @@ from numpyro.primitives import Messenger
 
 from inference._checks import ProgramError, check_arguments
 from inference._data import as_arrays, check_arrays
-from inference._judges import Judged, compiled, default_key, judged_data, over_data, values_of
+from inference._judges import (
+    Judged,
+    compiled,
+    default_key,
+    judged_data,
+    over_data,
+    require_fit,
+    values_of,
+)
 from inference._settings import require_whole
 from inference.evaluation import mean
 from inference.fit import Fit, programs_of
@@ -57,6 +65,7 @@ def sample_prior_predictive(
     Raises:
         ValueError: conditions that the model refuses, or that are missing.
     """
+    require_fit(result)
     require_whole("num_samples", num_samples, 1)
     arrays = _conditions(result, conditions)
     plates = programs_of(result, result.batch).plates
@@ -140,6 +149,7 @@ def decode(result: Fit, latents: Mapping[str, Any], **conditions: Any) -> Values
     Raises:
         ValueError: latents of other sites or shapes; conditions that the model refuses.
     """
+    require_fit(result)
     arrays = _conditions(result, conditions)
     programs = programs_of(result, result.batch)
     if latents.keys() != programs.latents.keys():
@@ -413,9 +423,10 @@ def _predictive_draws(
     batch: Values,
 ) -> Values:
     def draw(keys: tuple[Array, Array]) -> Values:
-        drawn = _latent_draws(guide, shared, params, keys, batch)
+        guide_key, model_key = random.split(keys[1])
+        drawn = _latent_draws(guide, shared, params, (keys[0], guide_key), batch)
         latents = {name: site["value"] for name, site in drawn.items() if is_latent(site)}
-        free = seed(_Unobserved(substitute(model, data=params | latents)), keys[1])
+        free = seed(_Unobserved(substitute(model, data=params | latents)), model_key)
         sites = trace(free).get_trace(**batch)
         return {
             name: _data_first(site, plates, site["value"])

@@ -14,7 +14,7 @@ import pytest
 from numpyro.contrib.control_flow import scan
 from numpyro.contrib.module import flax_module
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO
-from numpyro.infer.autoguide import AutoDelta, AutoNormal
+from numpyro.infer.autoguide import AutoNormal
 
 from inference import (
     Fit,
@@ -101,7 +101,6 @@ def test_an_autoguide_of_global_sites_finds_the_posterior_on_batches():
         num_steps=1500,
         optimizer=optax.adam(optax.cosine_decay_schedule(0.1, 1500)),
         average=0.3,
-        num_seeds=2,
     )
     precision = X.T.astype(float) @ X + np.eye(2) / 100
     mean = np.linalg.solve(precision, X.T @ ROWS["y"])
@@ -109,16 +108,15 @@ def test_an_autoguide_of_global_sites_finds_the_posterior_on_batches():
     # averaged over 450 draws the noise is a twentieth of its standard deviation, and of batches
     # that are a quarter of the data about three times that
     scale = np.diag(precision) ** -0.5
-    for seed in range(2):
-        assert (abs(result.params["w_auto_loc"][seed] - mean) < 0.5 * scale).all()
-        assert (abs(result.params["w_auto_scale"][seed] / scale - 1) < 0.3).all()
+    assert (abs(result.params["w_auto_loc"][0] - mean) < 0.5 * scale).all()
+    assert (abs(result.params["w_auto_scale"][0] / scale - 1) < 0.3).all()
     draws = sample_posterior(result, ROWS, 40)
-    assert draws["w"].shape == (2, 40, 2)
+    assert draws["w"].shape == (1, 40, 2)
     found = pointwise_log_likelihood(result, draws, ROWS)["y"]
     exact = dist.Normal(draws["w"] @ X.T, 1.0).log_prob(ROWS["y"])
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)
     predicted = sample_posterior_predictive(result, ROWS, 40)["y"]
-    assert predicted.shape == (2, 40, 200)
+    assert predicted.shape == (1, 40, 200)
 
 
 # --- held-out data and global sites ---------------------------------------------------------------
@@ -274,11 +272,21 @@ def process(x, y=None):
     numpyro.sample("y", dist.MultivariateNormal(jnp.zeros(len(x)), covariance), obs=y)
 
 
+def process_guide(x, y):
+    numpyro.sample("length", dist.LogNormal(numpyro.param("loc", 0.0), 0.1))
+
+
 def random_walk(x=None):
     """A latent path as long as the data."""
     scale = numpyro.sample("scale", dist.Exponential(50.0))
     path = numpyro.sample("path", dist.GaussianRandomWalk(scale, num_steps=len(x)))
     numpyro.sample("x", dist.Normal(path, 1.0), obs=x)
+
+
+def random_walk_guide(x):
+    numpyro.sample("scale", dist.LogNormal(numpyro.param("loc", 0.0), 0.1))
+    path = numpyro.param("path_loc", jnp.zeros(len(x)))
+    numpyro.sample("path", dist.Normal(path, 0.5).to_event(1))
 
 
 def autoregression(x=None):
@@ -292,20 +300,28 @@ def autoregression(x=None):
     scan(step, jnp.zeros(()), x)
 
 
+def autoregression_guide(x):
+    numpyro.sample("a", dist.Normal(numpyro.param("loc", 0.0), 0.1))
+
+
 SERIES = {"x": np.cumsum(RNG.normal(size=12)).astype(np.float32)}
 PAIRS = {"x": np.linspace(0, 3, 12, dtype=np.float32), "y": SERIES["x"]}
 
 
 @pytest.mark.parametrize(
-    ("model", "data"),
-    [(process, PAIRS), (random_walk, SERIES), (autoregression, SERIES)],
+    ("model", "guide", "data"),
+    [
+        (process, process_guide, PAIRS),
+        (random_walk, random_walk_guide, SERIES),
+        (autoregression, autoregression_guide, SERIES),
+    ],
     ids=["event", "latent event", "scan"],
 )
-def test_programs_without_a_plate_of_the_data_train_on_all_of_them(model, data):
+def test_programs_without_a_plate_of_the_data_train_on_all_of_them(model, guide, data):
     with pytest.raises(ProgramError, match="leave batch_size out"):
-        train(model, AutoDelta(model), data, batch_size=6)
-    result = train(model, AutoDelta(model), data, optimizer=optax.adam(0.002))
-    assert result.elbo[0, -1] > result.elbo[0, 0]
+        train(model, guide, data, batch_size=6)
+    result = train(model, guide, data, num_steps=200, optimizer=optax.adam(0.02))
+    assert result.elbo[0, -20:].mean() > result.elbo[0, :20].mean()
     with pytest.raises(ValueError, match="pointwise_elbo: expected a model with a plate for its"):
         pointwise_elbo(result, data)
 
