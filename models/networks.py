@@ -29,9 +29,26 @@ Activation = Callable[[Array], Array]
 SCALE_FLOOR = 1e-4  # the least standard deviation of a guide or a prior
 
 
+@jax.custom_jvp
+def softplus(x: Array) -> Array:
+    """log(1 + exp x). Its gradient, the sigmoid, reuses exp(-|x|).
+
+    It is finite and exact to rounding for every x, and cheaper in training than
+    ``jax.nn.softplus``.
+    """
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+@softplus.defjvp
+def _softplus_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    decay = jnp.exp(-jnp.abs(x))
+    return jnp.maximum(x, 0) + jnp.log1p(decay), jnp.where(x < 0, decay, 1) / (1 + decay) * dx
+
+
 def positive(raw: Array) -> Array:
     """Standard deviations from a network's outputs: their softplus plus ``SCALE_FLOOR``."""
-    return jax.nn.softplus(raw) + SCALE_FLOOR
+    return softplus(raw) + SCALE_FLOOR
 
 
 def network[Module: nnx.Module](name: str, build: Callable[[nnx.Rngs], Module]) -> Module:

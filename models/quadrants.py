@@ -59,7 +59,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from models.conditions import Values
-from models.likelihoods import Bernoulli, check_grey, grey
+from models.likelihoods import Bernoulli, BinaryPixels, check_grey, grey
 from models.networks import (
     MLP,
     Activation,
@@ -264,7 +264,7 @@ class Baseline:
         check_images(x, self.x_shape)
         x_logits = self.logits(jnp.asarray(c))
         with numpyro.plate("data", len(c)):
-            numpyro.sample("x", dist.Bernoulli(logits=x_logits).to_event(3), obs=x)
+            numpyro.sample("x", BinaryPixels(logits=x_logits).to_event(3), obs=x)
 
 
 @dataclass(frozen=True)
@@ -370,7 +370,7 @@ class Model:
         with numpyro.plate("data", len(c)):
             z = numpyro.sample("z", dist.Normal(z_loc, z_scale).to_event(1))
             x_logits = guess_logits + decoder(z, c if self.decoder_sees_c else None)[:, 0]
-            numpyro.sample("x", dist.Bernoulli(logits=x_logits).to_event(3), obs=x)
+            numpyro.sample("x", BinaryPixels(logits=x_logits).to_event(3), obs=x)
 
 
 PRESETS = {

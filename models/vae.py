@@ -63,6 +63,7 @@ from models.networks import (
     check_shape,
     check_sizes,
     network,
+    softplus,
 )
 
 # --- configuration, model -------------------------------------------------------------------------
@@ -220,7 +221,7 @@ PRESETS = {
     # Flax's example: github.com/google/flax, examples/vae
     "flax": Model(num_latents=20, hidden=(500,), activation=jax.nn.relu),
     # NumPyro's example, vae.py
-    "numpyro": Model(num_latents=50, hidden=(400,), activation=jax.nn.softplus),
+    "numpyro": Model(num_latents=50, hidden=(400,), activation=softplus),
     # Burda, Grosse & Salakhutdinov 2016, section 5: one stochastic layer
     "burda": Model(num_latents=50, hidden=(200, 200), activation=jnp.tanh),
     # hericks' JAX example, with and without labels: six latents, sigmoids

@@ -1,6 +1,8 @@
 """One run of every script, made once and looked at by many tests."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,12 +56,17 @@ SCRIPTS = {
 
 
 class Finished(NamedTuple):
-    """A finished run: its script, what ``main`` returned, its directory and its settings."""
+    """A finished run.
+
+    ``script`` made it with the settings ``config`` in the directory ``path``. ``labels`` has the
+    labels of all axes, by figure. Figures take too long to draw twice.
+    """
 
     script: Any
     result: dict[str, Any]
     path: Path
     config: Any
+    labels: dict[str, list[list[str]]]
 
 
 def lines() -> dict[str, np.ndarray]:
@@ -95,6 +102,21 @@ def shared(tmp_path_factory, worker_id) -> Path:
     return path
 
 
+def noting_labels(figures: Callable[..., Any], file: Path) -> Callable[..., Any]:
+    """The function ``figures``. It writes down the labels of the axes that it draws."""
+
+    def noting(*args: Any) -> Any:
+        drawn = figures(*args)
+        labels = {
+            name: [[axes.get_xlabel(), axes.get_ylabel()] for axes in figure.axes]
+            for name, figure in drawn.items()
+        }
+        file.write_text(json.dumps(labels))
+        return drawn
+
+    return noting
+
+
 @pytest.fixture(scope="session")
 def run_of(shared):
     """The finished run of a script, by the script's name."""
@@ -107,8 +129,14 @@ def run_of(shared):
         config = script.Config(**settings, out=path, progress=False)
         with FileLock(shared / f"{name}.lock"):
             if not (path / "result.json").exists():
-                script.main(config)
-        return Finished(script, json.loads((path / "result.json").read_text()), path, config)
+                with pytest.MonkeyPatch.context() as patch:
+                    figures = noting_labels(script.EXPERIMENT.figures, shared / f"{name}.json")
+                    patch.setattr(script, "EXPERIMENT", replace(script.EXPERIMENT, figures=figures))
+                    script.main(config)
+        result, labels = (
+            json.loads(file.read_text()) for file in (path / "result.json", shared / f"{name}.json")
+        )
+        return Finished(script, result, path, config, labels)
 
     return finished
 

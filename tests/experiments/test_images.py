@@ -293,6 +293,7 @@ def test_a_grid_has_every_image_in_its_place(shape, rng):
         np.testing.assert_allclose(image, expected)
 
 
+@pytest.mark.slow
 def test_a_notebook_draws_with_the_fit_and_data_alone(run_of):
     run = runs.load(run_of("mnist_cvae").path)
     test = run.fit.prepare(run.data().test)

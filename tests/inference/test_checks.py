@@ -212,7 +212,8 @@ def test_autoguide_passes_and_stays_as_it_was() -> None:
 # --- what is found --------------------------------------------------------------------------------
 
 
-def test_plates_of_the_data_have_any_name_and_global_sites_lie_outside() -> None:
+@pytest.mark.parametrize("size", [SIZE, WIDTH])  # as long as another plate too
+def test_plates_of_the_data_have_any_name_and_global_sites_lie_outside(size: int) -> None:
     def program(x: Array, obs: Array | None) -> None:
         numpyro.sample("mu", dist.Normal(0.0, 1.0))
         with numpyro.plate("columns", WIDTH, dim=-1):
@@ -222,7 +223,8 @@ def test_plates_of_the_data_have_any_name_and_global_sites_lie_outside() -> None
                 if obs is not None:
                     numpyro.sample("x", dist.Normal(0.0, 1.0), obs=obs)
 
-    found = check(lambda x: program(x, x), lambda x: program(x, None), {"x": BATCH["x"]})
+    batch = {"x": jax.ShapeDtypeStruct((size, WIDTH), jnp.float32)}
+    found = check(lambda x: program(x, x), lambda x: program(x, None), batch)
     assert found.plates.names == {"people"}
     assert set(found.globals) == {"mu", "scale"}
     assert found.takes_batches

@@ -228,6 +228,8 @@ def test_the_models_own_check_is_made_of_the_data_as_they_are():
     far = DATA | {"x": DATA["x"] + 10}
     assert "expected at most 9" in refused((Picky(), guide), far)
     assert "expected at most 9" in refused((Picky(), guide), DATA, validation=far)
+    settings = {"num_steps": 1, "progress": False}  # prepared data are no longer as they were
+    assert np.isfinite(fit(Picky(), guide, Prepared(far), **settings).elbo).all()
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -305,7 +307,7 @@ def test_exact_divergences_need_the_models_order():
 
     def backwards(c, x):
         with numpyro.plate("rows", len(c)):
-            b = numpyro.sample("b", dist.Normal(x, 1.0))
+            b = numpyro.sample("b", dist.Normal(numpyro.param("weight", 0.5) * x, 1.0))
             numpyro.sample("a", dist.Normal(b / 2, 0.5**0.5))
 
     text = refused((chain, backwards), objective=TraceMeanField_ELBO())

@@ -16,6 +16,7 @@ from models.likelihoods import (
     LIKELIHOODS,
     PIXEL_SCALE_FLOOR,
     Bernoulli,
+    BinaryPixels,
     DiscretizedLogistic,
     Gaussian,
     GaussianIdentity,
@@ -450,3 +451,19 @@ def test_bad_values_are_named(family):
         family(floor=0.0)
     with pytest.raises(ValueError, match=r"low: expected a number below 1, got nan"):
         family(low=math.nan)
+
+
+# --- binary pixels --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+def test_binary_pixels_and_their_gradient_are_exact_at_every_size(pixel):
+    logits = np.concatenate([np.linspace(-1000, 1000, 4001), np.linspace(-20, 20, 801)])
+
+    def log_prob(logit):
+        return BinaryPixels(logits=logit).log_prob(pixel)
+
+    value, slope = jax.vmap(jax.value_and_grad(log_prob))(jnp.asarray(logits, jnp.float32))
+    exact = -np.logaddexp(0, (1 - 2 * pixel) * logits)
+    np.testing.assert_allclose(value, exact, rtol=3e-7, atol=1e-6)  # a difference of two numbers
+    np.testing.assert_allclose(slope, pixel - special.expit(logits), atol=2e-7)

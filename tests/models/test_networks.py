@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpyro import handlers
+from scipy import special
 
 from models.conditions import Values
-from models.networks import MLP, SCALE_FLOOR, GaussianMLP, PriorNetwork, network
+from models.networks import MLP, SCALE_FLOOR, GaussianMLP, PriorNetwork, network, softplus
 
 SIZES = (3, 5, 4, 2)
 
@@ -265,3 +266,14 @@ def test_parameters_of_another_network_are_refused():
         handlers.substitute(program, {"net": seeds})(3)
     with pytest.raises(ValueError, match="expected parameters or a random key, got neither"):
         handlers.trace(program).get_trace(3)
+
+
+# --- softplus -------------------------------------------------------------------------------------
+
+
+def test_softplus_and_its_gradient_are_exact_at_every_size():
+    x = np.concatenate([np.linspace(-1000, 1000, 4001), np.linspace(-20, 20, 801)])
+    value, slope = jax.vmap(jax.value_and_grad(softplus))(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(value, np.logaddexp(0, x), rtol=3e-7, atol=3e-7)
+    # float32 holds x to 2^-24, so exp(x) to |x| 2^-24
+    np.testing.assert_allclose(slope, special.expit(x), rtol=20 * 2**-23, atol=2**-60)
