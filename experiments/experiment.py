@@ -23,6 +23,21 @@ Fits = Mapping[str, Fit]
 
 
 @dataclass(frozen=True)
+class Data:
+    """Data that are judged as they are trained on, with their maximum-likelihood solution.
+
+    Attributes:
+        record: what the model needs to know of the data.
+        train: arrays by name.
+        maximum: the maximum-likelihood parameters by name.
+    """
+
+    record: Any
+    train: dict[str, Any]
+    maximum: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Experiment:
     """A script, as the runner and ``runs.load`` see it.
 

@@ -26,7 +26,7 @@ from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from tabulate import tabulate
 
 import inference
-from experiments.experiment import DataTree, Experiment, Figure, Fits
+from experiments.experiment import Data, DataTree, Experiment, Figure, Fits
 from experiments.runner import number, run
 from experiments.settings import (
     check_fraction,
@@ -46,6 +46,21 @@ OBJECTIVES = {name: partial(build, 2) for name, build in inference.OBJECTIVES.it
 
 
 @dataclass(frozen=True)
+class Record:
+    """What the model needs to know of the data.
+
+    Attributes:
+        name: the data set's name.
+        num_data: how many data there are.
+        x_median: the median of x. The search starts there.
+    """
+
+    name: str
+    num_data: int
+    x_median: float
+
+
+@dataclass(frozen=True)
 class Config:
     """Settings of the Gaussian unknown-mean conditional VAE.
 
@@ -58,8 +73,8 @@ class Config:
         batch_size: Data per step. Default: 2000, or all data if there are fewer.
         learning_rate: Learning rate of the first step. It falls to zero along a cosine.
         average: Fraction of the run, at its end, over which parameters are averaged.
-        objective: Trace_ELBO, TraceMeanField_ELBO, RenyiELBO (or importance-weighted, the same),
-            doubly-reparameterized or sticking-the-landing.
+        objective: Objective of the training: Trace_ELBO, TraceMeanField_ELBO, RenyiELBO (or
+            importance-weighted, the same), doubly-reparameterized or sticking-the-landing.
         num_seeds: Number of restarts. They are trained together.
         seed: Random seed of the data and of the first restart.
         out: Directory of the run. Default: a new one in runs/.
@@ -96,54 +111,25 @@ class Config:
         """The process that makes the data."""
         return gaussian_mean.Truth(self.mu_0, self.sigma_0, self.sigma)
 
+    def model(self, record: Record) -> gaussian_mean.Model:
+        """The model of these data."""
+        return gaussian_mean.Model(self.sigma_0, x_loc=record.x_median)
+
 
 # --- data, programs, training ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Record:
-    """What the model needs to know of the data.
-
-    Attributes:
-        name: the data set's name.
-        num_data: how many data there are.
-        x_median: the median of x. The search starts there.
-    """
-
-    name: str
-    num_data: int
-    x_median: float
-
-
-@dataclass(frozen=True)
-class Data:
-    """Simulated data, with their maximum-likelihood solution.
-
-    Attributes:
-        record: what the model needs to know.
-        train: ``c`` and ``x``, (N,) each. They are judged too.
-        maximum: the maximum-likelihood parameters by name.
-        best_elbo: the ELBO there, nats per datum.
-    """
-
-    record: Record
-    train: dict[str, np.ndarray]
-    maximum: dict[str, float]
-    best_elbo: float
 
 
 def simulate(config: Config) -> Data:
     """The data of a run."""
     data = config.truth().simulate(config.num_data, config.seed)
-    maximum, best_elbo = gaussian_mean.maximum_likelihood(data, config.sigma_0)
+    maximum, _ = gaussian_mean.maximum_likelihood(data, config.sigma_0)
     record = Record("gaussian_mean", config.num_data, float(np.median(data["x"])))
-    return Data(record, data, maximum, best_elbo)
+    return Data(record, data, maximum)
 
 
 def programs(config: Config, record: Record, name: str, fits: Fits) -> tuple[Any, Any]:
     """The model and its guide."""
-    model = gaussian_mean.Model(config.sigma_0, x_loc=record.x_median)
-    return model, gaussian_mean.Guide(config.sigma_0)
+    return config.model(record), gaussian_mean.Guide(config.sigma_0)
 
 
 def coordinates(*columns: np.ndarray | float, scale: float) -> np.ndarray:
@@ -209,7 +195,7 @@ def summarize(config: Config, data: Data, fits: Fits, judged: Estimate) -> dict[
     }
     targets = {
         "optimum": gaussian_mean.optimal_elbo(truth),
-        "maximum_likelihood": data.best_elbo,
+        "maximum_likelihood": gaussian_mean.maximum_likelihood(data.train, config.sigma_0)[1],
     }
     return {"parameters": parameters, "elbo": number(judged) | targets}
 

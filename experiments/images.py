@@ -45,6 +45,7 @@ from inference.evaluation import FEWEST_FOR_TAIL
 from models import guides, vae
 from models.conditions import Labels
 from models.likelihoods import LIKELIHOODS
+from models.networks import softplus
 
 PER_DATUM_STEPS = 1000  # A per-datum guide is fitted to the test images in so many steps.
 JUDGING_SEED = 20_150_901  # It is folded with the run's seed, and gives the draws of the judges.
@@ -53,7 +54,7 @@ ACTIVATIONS: dict[str, Callable] = {
     "relu": jax.nn.relu,
     "tanh": jnp.tanh,
     "sigmoid": jax.nn.sigmoid,
-    "softplus": jax.nn.softplus,
+    "softplus": softplus,
     "silu": jax.nn.silu,
     "gelu": jax.nn.gelu,
 }
@@ -83,38 +84,40 @@ class Config:
     """Settings of an experiment on images.
 
     Attributes:
-        dataset: mnist, svhn, digits, the path of your own .npz or .npy file, or auto. auto is
-            MNIST if it can be loaded, and else digits.
+        dataset: Data set: mnist, svhn, digits, the path of your own .npz or .npy file, or auto.
+            auto is MNIST if it can be loaded, and else digits.
         data_dir: Directory with the data set's files, compressed or not, to read offline.
         num_validation: Images held out of the training. Default: the data set's usual number. The
             guide per-datum holds out none, because it knows the training images alone.
         num_train: Number of training images, the first ones. Default: all.
         num_test: Number of test images, the first ones. Default: all.
         preset: Model to start from, by name. The settings from hidden to likelihood change it.
-        guide: mean-field, low-rank, full-covariance, flow, prior, semi-amortised or per-datum.
-            per-datum trains on all images at once and is fitted anew to the test images.
+        guide: Family of the guide: mean-field, low-rank, full-covariance, flow, prior,
+            semi-amortised or per-datum. per-datum trains on all images at once and is fitted
+            anew to the test images.
         hidden: Units of the decoder's hidden layers, from z to x.
         channels: Channels of the convolution layers, from x to z.
         encoder_hidden: Units of the encoder's hidden layers, from x to z. Default: the decoder's,
             reversed.
         num_latents: Dimensions of z.
-        activation: relu, tanh, sigmoid, softplus, silu or gelu.
-        likelihood: bernoulli, gaussian, gaussian-one-scale, gaussian-identity or
-            discretized-logistic.
+        activation: Activation of the networks: relu, tanh, sigmoid, softplus, silu or gelu.
+        likelihood: Likelihood of the pixels: bernoulli, gaussian, gaussian-one-scale,
+            gaussian-identity or discretized-logistic.
         dtype: Type that the networks compute in, float32 or bfloat16.
-        objective: Trace_ELBO, TraceMeanField_ELBO, RenyiELBO (or importance-weighted, the same),
-            doubly-reparameterized or sticking-the-landing.
+        objective: Objective of the training: Trace_ELBO, TraceMeanField_ELBO, RenyiELBO (or
+            importance-weighted, the same), doubly-reparameterized or sticking-the-landing.
         num_particles: Draws of z per image and step.
         beta: Weight of the KL divergence in the gradient. The ELBO has 1.
-        free_bits: Nats per image below which a dimension's divergence costs nothing.
+        free_bits: Nats per image that the divergence of each dimension may have for free.
         num_epochs: Passes over the training images.
         batch_size: Images per step. Default: 128, or all images if there are fewer.
         learning_rate: Learning rate of Adam at the first step.
-        schedule: constant, cosine (to zero) or burda (eight falling rates).
+        schedule: Schedule of the learning rate: constant, cosine (to zero) or burda (eight falling
+            rates).
         clip_norm: Greatest norm of a gradient. Default: gradients are not clipped.
         kl_warm_up: Epochs over which the weight of the KL divergence rises from 0 to 1.
         average: Fraction of the run, at its end, over which parameters are averaged.
-        patience: Stop after so many epochs without a better held-out ELBO, and keep the best.
+        patience: Epochs without a better held-out ELBO after which a seed stops and keeps its best.
         num_samples: Importance samples per test image.
         num_seeds: Number of restarts. They are trained together.
         seed: Random seed of the first restart.
@@ -249,7 +252,7 @@ class LabelConfig(Config):
     """Settings of an experiment on images given their label.
 
     Attributes:
-        prior: standard, or learned for a prior network that sees the label.
+        prior: Prior of z: standard, or learned by a prior network that sees the label.
         num_embedded: Length of a learned vector that stands for a label. Default: one-hot labels.
         num_label_samples: Importance samples per test image and label, for the check of labels.
     """
@@ -341,7 +344,6 @@ def judge(config: Config, data: Dataset, fits: Fits) -> Judged:
     test, key = fitted.prepare(data.test), judging_key(config)
     labels = None
     if config.guide == "per-datum":
-        test = Prepared(test)
         fitted = fit_anew(config, fitted, test)
     elif isinstance(config, LabelConfig) and "c" in test:
         labels = label_check(

@@ -36,7 +36,7 @@ from jaxtyping import Float
 from tabulate import tabulate
 
 from experiments.datasets import Record, load
-from experiments.experiment import DataTree, Experiment, Figure, Fits
+from experiments.experiment import Data, DataTree, Experiment, Figure, Fits
 from experiments.runner import number, run
 from experiments.settings import check_fraction, check_least, check_positive, command_line
 from inference import Estimate, Fit, Held, pointwise_elbo, to_datatree
@@ -59,13 +59,14 @@ class Config:
     """Settings of the linear-Gaussian model of images.
 
     Attributes:
-        dataset: mnist, svhn, digits, the path of your own .npz or .npy file, or auto. auto is
-            MNIST if it can be loaded, and else digits.
+        dataset: Data set: mnist, svhn, digits, the path of your own .npz or .npy file, or auto.
+            auto is MNIST if it can be loaded, and else digits.
         data_dir: Directory with the data set's files, compressed or not, to read offline.
         num_train: Number of training images, the first ones. Default: all.
         given_label: Whether the images are given their label.
         num_latents: Dimensions of z.
-        guides: Some of full-covariance, mean-field, low-rank, flow. The model of the first is held.
+        guides: Families of guides, among full-covariance, mean-field, low-rank and flow. The
+            model of the first is held.
         num_steps: Steps of the optimiser in each fit.
         batch_size: Images per step. Default: 500, or all images if there are fewer.
         learning_rate: Greatest learning rate of Adam, after a tenth of the run. It falls to zero
@@ -115,24 +116,8 @@ class Config:
 # --- data, programs, training ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Data:
-    """Images, with their maximum-likelihood solution.
-
-    Attributes:
-        record: what the model needs to know.
-        train: ``x``, grey levels less the mean of the test images, and perhaps labels ``c``. They
-            are judged too.
-        maximum: the maximum-likelihood parameters by name.
-    """
-
-    record: Record
-    train: dict[str, np.ndarray]
-    maximum: dict[str, np.ndarray]
-
-
 def images(config: Config) -> Data:
-    """The data of a run."""
+    """The grey levels less the mean of the test images, and perhaps labels."""
     dataset = load(
         config.dataset, data_dir=config.data_dir, num_validation=0, progress=config.progress
     )

@@ -87,13 +87,13 @@ class Config:
     Attributes:
         quadrants: Observed quadrants. 1 is the bottom left, 2 the left half, 3 all but the bottom
             right, all one after the other.
-        dataset: mnist, digits, the path of your own .npz or .npy file, or auto. auto is MNIST if it
-            can be loaded, and else digits.
+        dataset: Data set: mnist, digits, the path of your own .npz or .npy file, or auto. auto is
+            MNIST if it can be loaded, and else digits.
         data_dir: Directory with the data set's files, compressed or not, to read offline.
         num_validation: Images held out of the training. Default: the data set's usual number.
         num_train: Number of training images, the first ones. Default: all.
         num_test: Number of test images, the first ones. Default: all.
-        preset: small, which trains in minutes, or paper, the sizes of the paper.
+        preset: Sizes of the networks: small, which trains in minutes, or paper, as in the paper.
         binary_c: Whether the observed quadrants are binarised with the others, or grey.
         decoder_sees_c: Whether the decoder sees the observed quadrants beside z.
         alpha: Share of the CVAE's objective in the hybrid one. The rest is the GSNN's.
@@ -101,10 +101,10 @@ class Config:
         kl_warm_up: Epochs over which the weight of the CVAE's KL divergence rises from 0 to 1.
             Default: a sixth of them all. With 0, z stays unused beside a fitted baseline.
         num_epochs: Passes over the training images, at most, for the GSNN and the CVAE.
-        baseline_epochs: The same, for the baseline.
+        baseline_epochs: Passes over the training images, at most, for the baseline.
         batch_size: Images per step. Default: 128, or all images if there are fewer.
         learning_rate: Learning rate of Adam at the first step. It falls to zero along a cosine.
-        patience: Stop after so many epochs without a better validation likelihood.
+        patience: Epochs without a better validation likelihood after which a training stops.
         num_particles: Draws for each validation image while a training is under way.
         num_samples: Draws for each image in the table.
         seed: Random seed of the three fits.

@@ -40,7 +40,6 @@ def run(experiment: Experiment, config: Any) -> dict[str, Any]:
     with runs.claim(experiment, config, data) as path:
         result = runs.read_json(path / "result.json")
         if result is None:
-            importlib.import_module("pandas")  # not ahead: ``fit`` asks whether data are its frames
             import_ahead("orbax.checkpoint", "matplotlib.backends.backend_agg", "arviz_stats")
             fits = train(experiment, config, data, path)
             result = _finish(experiment, config, data, fits, path, began)

@@ -207,15 +207,12 @@ def _config(path: Path) -> dict[str, Any]:
 def _experiment(path: Path, name: Any) -> Experiment:
     """The script of a run, by its name."""
     try:
-        found = importlib.import_module(f"experiments.{name}").EXPERIMENT
-        if found.name == name:
-            return found
-    except (ImportError, AttributeError):
-        pass
-    raise RunError(
-        f"{path}: expected a run of a script in experiments/, got one of {name!r}; use the version "
-        f"of guidebook that has it"
-    )
+        return importlib.import_module(f"experiments.{name}").EXPERIMENT
+    except (ImportError, AttributeError) as error:
+        raise RunError(
+            f"{path}: expected a run of a script in experiments/, got one of {name!r}; use the "
+            f"version of guidebook that has it"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

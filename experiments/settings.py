@@ -32,6 +32,9 @@ def command_line(main: Callable[[Any], Any], config_type: type) -> None:
         gc.freeze()
     except (ValueError, FloatingPointError, OSError, MemoryError) as error:
         _leave(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --out goes on", file=sys.stderr)
+        sys.exit(130)
     except SystemExit as error:
         if error.code:
             _leave(re.sub(r"^╭─.*|For full helptext.*|[│╰╯─]", "", complaint.getvalue()))

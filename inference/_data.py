@@ -46,8 +46,8 @@ def as_arrays(data: Any, name: str = "data") -> Arrays:
         TypeError: it is none of these, or a value is not an array of numbers.
         ValueError: a list whose rows differ in length.
     """
-    pandas = sys.modules.get("pandas")
-    if pandas is not None and isinstance(data, pandas.DataFrame):
+    pandas = sys.modules.get("pandas")  # which may be half imported, by another thread
+    if isinstance(data, getattr(pandas, "DataFrame", ())):
         data = {str(column): data[column].to_numpy() for column in data.columns}
     if not isinstance(data, Mapping):
         raise TypeError(

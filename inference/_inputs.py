@@ -133,7 +133,11 @@ def check(
     if validation is not None:
         _check_validation(plan, arrays, validation, batch)
     params = _initial(init, programs, settings)
-    config = _describe(plan, validation_objective, arrays, validation) | {"init": _digest(init)}
+    source = (
+        data.source if isinstance(data, Prepared) and "validation_indices" not in info else None
+    )
+    config = _describe(plan, validation_objective, arrays, validation, source)
+    config["init"] = _digest(init)
     return Inputs(plan, arrays, validation, params, config, info, batch)
 
 
@@ -162,7 +166,11 @@ def _automatic(mesh: Mesh) -> Mesh:
 
 
 def _describe(
-    plan: Plan, validation_objective: Any, arrays: Arrays, validation: Arrays | None
+    plan: Plan,
+    validation_objective: Any,
+    arrays: Arrays,
+    validation: Arrays | None,
+    source: dict[str, str] | None,
 ) -> dict[str, Any]:
     """The settings, programs and data in words that a JSON file holds."""
     return asdict(plan.settings) | {
@@ -172,7 +180,7 @@ def _describe(
         "validation_objective": describe_value(validation_objective),
         "optimizer": describe_optimizer(plan.optimizer),
         "preprocess": describe_value(plan.preprocess),
-        "data": describe_arrays(arrays, contents=True),
+        "data": source or describe_arrays(arrays, contents=True),
         "validation": None if validation is None else describe_arrays(validation, contents=True),
     }
 

@@ -200,29 +200,33 @@ def data_plates(program: Program, *args: Any, **batch: Any) -> DataPlates:
         program: a model.
         args, batch: arrays of shape (N, ...), as the program takes them.
     """
-    named = {str(i): array for i, array in enumerate(args)} | batch
-    size = length(named)
+    named = abstract({str(i): array for i, array in enumerate(args)} | batch)
+    return _data_plates(program, len(args), named, _abstract_sites(program, len(args), named))
 
-    def sizes(arrays: Batch) -> dict[str, int]:
-        found: dict[str, int] = {}
 
-        def run(arrays: Batch) -> None:
-            positional = [arrays[str(i)] for i in range(len(args))]
-            with block():
-                rest = {name: arrays[name] for name in batch}
-                found.update(
-                    plate_sizes(trace_of(program, jax.random.key(0), {}, *positional, **rest))
-                )
+def _abstract_sites(program: Program, num_args: int, arrays: Batch) -> dict[str, Site]:
+    """The sites of a program on abstract values, hidden from outer handlers."""
+    found: dict[str, Site] = {}
 
-        jax.eval_shape(run, arrays)
-        return found
+    def run(arrays: dict[str, Any]) -> None:
+        args = [arrays.pop(str(i)) for i in range(num_args)]
+        with block():
+            found.update(trace_of(program, jax.random.key(0), {}, *args, **arrays))
 
-    shapes = abstract(named)
-    here = sizes(shapes)
+    jax.eval_shape(run, dict(arrays))
+    return found
+
+
+def _data_plates(
+    program: Program, num_args: int, arrays: Batch, sites: Mapping[str, Site]
+) -> DataPlates:
+    size = next(iter(arrays.values())).shape[0]
+    here = plate_sizes(sites)
     try:
-        return following(here, sizes(abstract(shapes, size + 1)), size)
+        longer = _abstract_sites(program, num_args, abstract(arrays, size + 1))
     except Exception:  # a program of one length, such as one with numbers for each datum
         return of_size(here, size)
+    return following(here, plate_sizes(longer), size)
 
 
 # --- latent sites ---------------------------------------------------------------------------------
@@ -252,15 +256,11 @@ def latent_sites(model: Program, data: Batch) -> dict[str, LatentSite]:
         model: a program.
         data: arrays of shape (N, ...) or their abstract values, as the model takes them.
     """
-    plates, found = data_plates(model, **data), {}
-
-    def run(batch: Batch) -> None:
-        with block():
-            sites = trace_of(model, jax.random.key(0), {}, **batch)
-        for name, site in sites.items():
-            if is_latent(site):
-                shape = tuple(site["fn"].event_shape)
-                found[name] = LatentSite(shape, site["fn"].support, plates.hold(site))
-
-    jax.eval_shape(run, abstract(data))
-    return found
+    shapes = abstract(data)
+    sites = _abstract_sites(model, 0, shapes)
+    plates = _data_plates(model, 0, shapes, sites)
+    return {
+        name: LatentSite(tuple(site["fn"].event_shape), site["fn"].support, plates.hold(site))
+        for name, site in sites.items()
+        if is_latent(site)
+    }

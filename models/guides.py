@@ -31,6 +31,7 @@ The families serve models with one real latent site ``z`` for each datum, of any
 A family is a function of the model in ``GUIDES``. ``make`` takes one by its name.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -72,6 +73,17 @@ def _shape_of_z(model: Callable[..., Any], data: Data) -> tuple[int, ...]:
     Raises:
         ValueError: the model has other latent sites than one real ``z`` for each datum.
     """
+    shapes = tuple((n, tuple(a.shape), jnp.dtype(a.dtype)) for n, a in sorted(data.items()))
+    try:
+        return _known_shape_of_z(model, shapes)
+    except TypeError:  # a model without a hash
+        return _known_shape_of_z.__wrapped__(model, shapes)
+
+
+@functools.lru_cache(maxsize=128)
+def _known_shape_of_z(model: Callable[..., Any], shapes: tuple[Any, ...]) -> tuple[int, ...]:
+    """``_shape_of_z``, once for each model and shapes of data."""
+    data = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in shapes}
     sites = latent_sites(model, data)
     z = sites.get("z")
     if len(sites) != 1 or z is None or not z.is_local or not _is_real(z):

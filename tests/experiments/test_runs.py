@@ -335,6 +335,8 @@ def test_bad_input_is_one_line_and_exit_status_2(arguments, message, tmp_path, m
 def test_the_table_lists_the_runs(run_of, tmp_path, capsys):
     for name in ("mnist_vae", "mnist_cvae"):
         shutil.copytree(run_of(name).path, tmp_path / "digits" / name)
+    settings = json.loads((tmp_path / "digits/mnist_vae/config.json").read_text())["settings"]
+    change(tmp_path / "digits/mnist_vae", "config.json", settings=settings | {"dataset": "auto"})
     with claimed(gaussian_mean.Config(**TOY, out=tmp_path / "begun")):
         pass
     (tmp_path / "broken").mkdir()

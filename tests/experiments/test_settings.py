@@ -52,9 +52,8 @@ def test_the_help_says_what_every_setting_is(module):
     said = "".join(c.__doc__ for c in config.__mro__[:-1])
     lines = dict(re.findall(r"^        (\w+): (.*)", said, re.MULTILINE))
     assert lines.keys() >= {field.name for field in dataclasses.fields(config)}
-    choices = r"[a-z0-9\-]+(, | or )|auto|mnist|Trace"
     for name, words in lines.items():
-        assert re.match(rf"[A-Z]|{choices}", words), name
+        assert re.match(r"[A-Z][a-z]", words), name
         assert not words.lower().startswith("of "), name
 
 
