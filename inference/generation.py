@@ -39,6 +39,7 @@ from inference.sites import (
     is_auxiliary,
     is_latent,
     length,
+    observed_arrays,
     trace_of,
 )
 
@@ -274,7 +275,8 @@ def _is_local(programs: Any, name: str) -> bool:
 def _observations(result: Fit, judged: Judged) -> set[str]:
     """The arrays without which the model generates: those that it observes."""
     parameters = inspect.signature(result.model).parameters
-    return {n for n in judged.arrays if n in parameters and parameters[n].default is None}
+    optional = {name for name, p in parameters.items() if p.default is not p.empty}
+    return observed_arrays(result.model, judged.arrays) & optional
 
 
 # --- every seed -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro.distributions.kl import kl_divergence
 from numpyro.handlers import block, seed, substitute, trace
+from numpyro.ops.provenance import eval_provenance
 
 Program = Callable[..., Any]
 Batch = Mapping[str, Any]
@@ -227,6 +228,28 @@ def _data_plates(
     except Exception:  # a program of one length, such as one with numbers for each datum
         return of_size(here, size)
     return following(here, plate_sizes(longer), size)
+
+
+def observed_arrays(model: Program, batch: Batch) -> set[str]:
+    """The arrays that the values of a model's observed sites are made from, found by provenance.
+
+    Args:
+        model: a program.
+        batch: arrays of shape (N, ...), as the model takes them.
+    """
+
+    def values(**arrays: Any) -> list[Any]:
+        with block():
+            sites = trace_of(model, jax.random.key(0), {}, **arrays).values()
+        return [s["value"] for s in sites if is_observed(s) and not is_auxiliary(s)]
+
+    found: set[str] = set()
+
+    def run(arrays: dict[str, Any]) -> None:
+        found.update(*eval_provenance(values, **arrays))
+
+    jax.eval_shape(run, abstract(batch))
+    return found
 
 
 # --- latent sites ---------------------------------------------------------------------------------

@@ -87,6 +87,18 @@ def test_reconstruct_is_encode_and_decode():
     np.testing.assert_array_equal(reconstruct(GIVEN_C, DATA, key=KEY)["x"], expected)
 
 
+def test_reconstruct_leaves_out_what_is_observed_and_nothing_else():
+    def either(x=None, c=None):  # both may be left out, and x is observed on another scale
+        model(c, None if x is None else jnp.log(x))
+
+    def guide_of_both(x, c):
+        guide(c, jnp.log(x))
+
+    data = {"c": C, "x": np.exp(DATA["x"])}
+    fitted = Fit.from_params(either, guide_of_both, PARAMS, example=data)
+    np.testing.assert_allclose(reconstruct(fitted, data)["x"], [DATA["x"]], atol=1e-4)
+
+
 def test_a_mean_without_a_formula_is_that_of_many_draws():
     def skewed(x=None):
         with numpyro.plate("rows", 1 if x is None else len(x)):

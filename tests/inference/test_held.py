@@ -10,6 +10,7 @@ import pytest
 from numpyro import handlers
 
 from inference import Fit, Held, fit, pointwise_elbo
+from inference._describe import describe_value
 
 
 def model(x=None):
@@ -91,7 +92,12 @@ def test_what_the_program_offers_is_offered():
     assert not hasattr(Held(model, {"scale": 0.5}), "check_data")
 
 
-def test_a_resumed_run_knows_another_value(tmp_path):
-    train(Held(model, {"scale": 0.5}), checkpoint=tmp_path / "run")
-    with pytest.raises(ValueError, match="model was 'Held"):
-        train(Held(model, {"scale": 0.6}), checkpoint=tmp_path / "run")
+def test_a_run_with_another_value_is_another_run():
+    held, same, other = (described({"scale": s}) for s in (0.5, 0.5, 0.6))
+    assert held == same != other
+    assert described({"loc": 0.5}) != held
+
+
+def described(params):
+    """What a run writes down of its model."""
+    return describe_value(Held(model, params))

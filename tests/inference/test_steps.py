@@ -1,7 +1,7 @@
 """The compiled parts of a run, one step at a time."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,7 @@ def test_a_batch_of_all_data_needs_no_order():
 # A model of one number, whose loss and gradient are formulas: x ~ Normal(loc, 1).
 
 X = np.linspace(-1, 2, 13).astype(np.float32)
+HELD_OUT = {"x": np.full(6, 0.5, np.float32)}
 
 
 def model(x):
@@ -92,13 +93,14 @@ def no_latents(x):
     pass
 
 
-def plan_of(data=X, program=model, **settings) -> Plan:
+@cache
+def plan_of(**settings) -> Plan:
     own = {
         "objective": None,
         "validation_objective": None,
         "optimizer": optax.sgd(0.1),
         "preprocess": None,
-        "validation": None,
+        "validation": Prepared(HELD_OUT) if "patience" in settings else None,
         "init": None,
         "mesh": None,
         "num_seeds": None,
@@ -111,7 +113,7 @@ def plan_of(data=X, program=model, **settings) -> Plan:
         "patience": None,
         "on_nan": "stop",
     }
-    return check(program, no_latents, {"x": data}, **(own | settings)).plan
+    return check(model, no_latents, {"x": X}, **(own | settings)).plan
 
 
 KEY = random.key(3)
@@ -194,8 +196,7 @@ def test_the_end_returns_constrained_parameters():
 
 
 def test_with_patience_the_best_parameters_are_kept_and_a_seed_stops():
-    held_out = {"x": np.full(6, 0.5, np.float32)}
-    plan = plan_of(validation=Prepared(held_out), validate_every=1, patience=2)
+    plan = plan_of(validate_every=1, patience=2)
     judge = jax.jit(partial(validate, plan))
     state = by_seed(lambda x: x[None], first_state(plan))
     seen = []
@@ -203,7 +204,7 @@ def test_with_patience_the_best_parameters_are_kept_and_a_seed_stops():
         params = state.params | {"loc": jnp.array([loc], jnp.float32)}
         count, (_, rest) = state.optimizer
         state = state._replace(optimizer=(count, (params, rest)))
-        state, elbo = judge(state, KEY[None], held_out)
+        state, elbo = judge(state, KEY[None], HELD_OUT)
         seen.append((float(elbo[0]), float(state.best[0]["loc"][0]), bool(state.active[0])))
     exact = [-0.5 * (loc - 0.5) ** 2 - 0.5 * np.log(2 * np.pi) for loc in (0.3, 0.5, 0.8, 0.9)]
     np.testing.assert_allclose([elbo for elbo, _, _ in seen], exact, rtol=1e-5)
@@ -213,7 +214,7 @@ def test_with_patience_the_best_parameters_are_kept_and_a_seed_stops():
 
 
 def test_before_the_first_evaluation_the_end_returns_the_last_parameters():
-    plan = plan_of(validation=Prepared({"x": X}), validate_every=9, patience=2)
+    plan = plan_of(validate_every=1, patience=2)
     (state,), _ = steps(plan, first_state(plan), 1)
     state = by_seed(lambda x: x[None], state)
     np.testing.assert_array_equal(finish(plan, state)[0]["loc"], state.params["loc"])
