@@ -376,7 +376,10 @@ def table(parent: str | os.PathLike = "runs") -> DataFrame:
 
     parent = Path(parent)
     if not parent.is_dir():
-        raise ValueError(f"runs: expected a directory with runs, got {parent}; give another")
+        raise ValueError(
+            f"runs: expected a directory with runs, and there is no {parent} here; run an "
+            f"experiment first, or give another directory"
+        )
     paths = sorted(found.parent for found in parent.rglob("config.json"))
     settings, rows = {}, {}
     for path in paths:

@@ -4,8 +4,11 @@ Orbax writes each checkpoint under a temporary name and renames it when it is wh
 process killed while writing leaves the one before it, and a half-written one is never read.
 """
 
+import contextlib
 import os
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -38,6 +41,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike, identity: dict[str, Any]):
         self._identity, self._directory = identity, Path(directory).resolve()
+        self._saved: int | None = None  # the step of the last checkpoint
         foreign = self._foreign()
         if foreign is not None:
             raise CheckpointError(
@@ -124,15 +128,35 @@ class Checkpoints:
         return self._manager.restore(self._manager.latest_step(), args=composite)["state"]
 
     def save(self, step: int, state: Any) -> None:
-        """Writes ``state`` under the name of ``step`` and drops all but the last two."""
+        """Writes ``state`` under the name of ``step`` and drops all but the last two.
+
+        Ctrl-C waits until the checkpoint is whole.
+        """
+        if step == self._saved:
+            return
         args = self._orbax.args
-        self._manager.save(
-            step,
-            args=args.Composite(
-                state=args.StandardSave(jax.device_get(state)),
-                identity=args.JsonSave(self._identity),
-            ),
+        parts = args.Composite(
+            state=args.StandardSave(jax.device_get(state)), identity=args.JsonSave(self._identity)
         )
+        with _ctrl_c_waits():
+            self._manager.save(step, args=parts)
+            self._saved = step
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Raises KeyboardInterrupt after the block for a Ctrl-C within it."""
+    if threading.current_thread() is not threading.main_thread():  # it gets no signals
+        yield
+        return
+    pressed: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _part(identity: Mapping[str, Any], names: tuple[str, ...], inside: bool = True) -> dict:

@@ -277,6 +277,19 @@ def fresh(guide: Program) -> Program:
     return new
 
 
+def prime(guide: Program, key: Array, batch: Callable[[], Batch]) -> None:
+    """Gives an autoguide its first run, which it keeps: a concrete one, not a traced one.
+
+    Args:
+        guide: any guide.
+        key: a random key.
+        batch: returns arrays as the guide takes them. It is called for a fresh autoguide alone.
+    """
+    if isinstance(guide, AutoGuide) and getattr(guide, "prototype_trace", None) is None:
+        first = {name: jnp.asarray(array) for name, array in batch().items()}
+        handlers.seed(guide, key)(**first)
+
+
 def _plates_of_model(
     model: Program, key: Array, batch: Batch, here: _Found, size: int
 ) -> DataPlates:

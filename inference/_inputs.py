@@ -14,9 +14,7 @@ import numpy as np
 import optax
 from jax import random
 from jax.sharding import AxisType, Mesh
-from numpyro import handlers
 from numpyro.infer import Trace_ELBO
-from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.elbo import ELBO
 
 from inference._checks import (
@@ -26,6 +24,7 @@ from inference._checks import (
     check_mean_field,
     check_supports,
     look,
+    prime,
     support_check,
 )
 from inference._data import Arrays, Prepared, as_arrays, check_arrays, converted
@@ -116,7 +115,8 @@ def check(
             "{}, example=data) takes programs without parameters to the judges"
         )
     _check_objectives(model, guide, batch, key, trained, validation_objective, programs, settings)
-    _prime(guide, preprocess, settings, key, arrays)
+    first = {name: array[: settings.batch_size] for name, array in arrays.items()}
+    prime(guide, key, lambda: first if preprocess is None else preprocess(key, first))
     plan = Plan(
         model=model,
         guide=guide,
@@ -239,14 +239,6 @@ def _first_batch(preprocess: Any, settings: Settings, key: Any, arrays: Arrays) 
         return batch if preprocess is None else dict(preprocess(key, batch))
 
     return jax.eval_shape(first, key, arrays)
-
-
-def _prime(guide: Any, preprocess: Any, settings: Settings, key: Any, arrays: Arrays) -> None:
-    """Gives an autoguide its first run, which it keeps: a concrete one, not a traced one."""
-    if isinstance(guide, AutoGuide) and getattr(guide, "prototype_trace", None) is None:
-        first = {n: jnp.asarray(a[: settings.batch_size]) for n, a in arrays.items()}
-        first = first if preprocess is None else preprocess(key, first)
-        handlers.seed(guide, key)(**first)
 
 
 def _check_values(plan: Plan, key: Any, arrays: Arrays, validation: Arrays | None) -> None:
@@ -386,12 +378,13 @@ def _initial(init: Any, programs: Programs, settings: Settings) -> dict[str, Any
                 f"init: expected a fit of {settings.num_seeds} seeds, got one of "
                 f"{init.num_seeds}; leave num_seeds out"
             )
-        params = init.params | init.mutable
+        given = init.params | init.mutable
     else:
-        params = jax.tree.map(
+        given = jax.tree.map(
             lambda p: jnp.broadcast_to(p, (settings.num_seeds, *jnp.shape(p))), dict(init)
         )
-    for name, value in params.items():
+    params = {}
+    for name, value in given.items():
         expected = (programs.params | programs.mutable).get(name)
         got = jax.tree.map(lambda p: p[0], value)
         if expected is None:
@@ -405,7 +398,8 @@ def _initial(init: Any, programs: Programs, settings: Settings) -> dict[str, Any
                 f"init[{name!r}]: expected shape {shapes[0]}, got {shapes[1]}; give one seed's "
                 f"parameters, result.params_of(0)"
             )
-    return dict(params)
+        params[name] = jax.tree.map(lambda e, p: jnp.asarray(p, e.dtype), expected, value)
+    return params
 
 
 def _digest(init: Any) -> str | None:

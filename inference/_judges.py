@@ -21,6 +21,7 @@ from inference._checks import (
     ProgramError,
     Programs,
     check_supports,
+    prime,
     support_check,
 )
 from inference._data import Arrays, Prepared, as_arrays, check_arrays
@@ -74,6 +75,7 @@ def judged_data(result: Fit, data: Any) -> Judged:
     num_data = check_arrays(arrays)
     _check_like_training(result, arrays)
     programs = programs_of(result, arrays)
+    prime(result.guide, random.key(0), lambda: arrays)
     described = describe_arrays(arrays, contents=True)
     if programs.tied_to and (data.source or described) != result.config["data"]:
         raise ProgramError(tied_message(programs))

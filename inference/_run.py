@@ -168,6 +168,9 @@ def _state_of(init: Fit, run: Run) -> State:
         wanted = name not in keep or (same and name != "average")
         parts[name] = jax.tree.unflatten(structure, leaves) if wanted else getattr(own, name)
     state, settings = State(**parts), run.settings
+    # A seed that has stopped goes on, unless this run's patience stops it too.
+    patience = settings.patience or np.inf
+    state = state._replace(active=jnp.asarray(state.num_stale) < patience)
     if (init.config["num_data"], init.config["batch_size"]) != (
         settings.num_data,
         settings.batch_size,

@@ -258,8 +258,10 @@ class Fit:
             info=info,
             batch=batch,
         )
-        programs_of(result, prepared)
-        return result
+        found = programs_of(result, prepared)
+        kinds = {"params": found.params, "mutable": found.mutable}
+        typed = jax.tree.map(lambda e, p: jnp.asarray(p, e.dtype), kinds, given)
+        return replace(result, **typed)
 
     # --- a person
 

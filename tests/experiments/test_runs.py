@@ -373,7 +373,7 @@ def test_the_table_lists_the_runs(run_of, tmp_path, capsys):
 
 def test_a_table_of_nothing(tmp_path):
     assert runs.table(tmp_path).empty
-    with pytest.raises(ValueError, match=r"runs: expected a directory with runs, got .*none"):
+    with pytest.raises(ValueError, match=r"runs: expected .* and there is no .*none"):
         runs.table(tmp_path / "none")
 
 

@@ -356,6 +356,22 @@ def test_a_mapping_is_where_a_run_starts():
     assert result.params["weights"][0, 0] != result.params["weights"][1, 0]  # the programs' own
 
 
+def test_whole_numbers_are_parameters_too():
+    result = run(init={"slope": 1, "weights": np.arange(3)}, num_steps=2, batch_size=None)
+    assert np.isfinite(result.elbo).all()
+    assert abs(result.params["slope"][0] - 1) < 0.01
+
+
+def test_a_seed_that_patience_has_stopped_goes_on_without_it():
+    settings = {"validation": HELD_OUT, "validate_every": 1, "batch_size": None}
+    stopped = run(patience=1, optimizer=optax.sgd(1.5), **settings)
+    (steps,) = stopped.info["num_steps"]
+    assert steps < 40
+    second = run(init=stopped, num_steps=10, optimizer=optax.sgd(1e-9), **settings)
+    assert second.info["num_steps"] == [steps + 10]
+    assert np.isfinite(second.elbo).all()
+
+
 def test_the_parameters_of_a_fit_are_where_a_run_starts_anew(first_half):
     result = run(init=first_half.params_of(1), **AT_REST)
     for name, value in first_half.params.items():

@@ -91,8 +91,9 @@ X = RNG.normal(size=(200, 2)).astype(np.float32)
 ROWS = {"x": X, "y": (X @ [1.0, -2.0] + RNG.normal(size=200)).astype(np.float32)}
 
 
-def test_an_autoguide_of_global_sites_finds_the_posterior_on_batches():
-    result = train(
+@pytest.fixture(scope="module")
+def of_all_data():
+    return train(
         regression,
         AutoNormal(regression),
         ROWS,
@@ -101,6 +102,10 @@ def test_an_autoguide_of_global_sites_finds_the_posterior_on_batches():
         optimizer=optax.adam(optax.cosine_decay_schedule(0.1, 1500)),
         average=0.3,
     )
+
+
+def test_an_autoguide_of_global_sites_finds_the_posterior_on_batches(of_all_data):
+    result = of_all_data
     precision = X.T.astype(float) @ X + np.eye(2) / 100
     mean = np.linalg.solve(precision, X.T @ ROWS["y"])
     # the best factorised Gaussian has the mean, and one over the diagonal for its variances;
@@ -114,6 +119,19 @@ def test_an_autoguide_of_global_sites_finds_the_posterior_on_batches():
     found = pointwise_log_likelihood(result, draws, ROWS)["y"]
     exact = dist.Normal(draws["w"] @ X.T, 1.0).log_prob(ROWS["y"])
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fresh_autoguide_judges_for_a_loaded_fit(of_all_data, tmp_path):
+    of_all_data.save(tmp_path / "fit")
+    loaded = Fit.load(tmp_path / "fit", regression, AutoNormal(regression))
+    known = Fit.from_params(
+        regression, AutoNormal(regression), of_all_data.params_of(0), example=ROWS
+    )
+    few = {name: array[:7] for name, array in ROWS.items()}
+    for data in (ROWS, few):
+        expected = sample_posterior(of_all_data, data, 3)["w"]
+        for fresh in (loaded, known):
+            np.testing.assert_array_equal(sample_posterior(fresh, data, 3)["w"], expected)
 
 
 # --- held-out data and global sites ---------------------------------------------------------------

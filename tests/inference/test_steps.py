@@ -215,6 +215,8 @@ def test_with_patience_the_best_parameters_are_kept_and_a_seed_stops():
 
 def test_before_the_first_evaluation_the_end_returns_the_last_parameters():
     plan = plan_of(validate_every=1, patience=2)
-    (state,), _ = steps(plan, first_state(plan), 1)
-    state = by_seed(lambda x: x[None], state)
-    np.testing.assert_array_equal(finish(plan, state)[0]["loc"], state.params["loc"])
+    state = by_seed(lambda x: x[None], first_state(plan))
+    count, (params, rest) = state.optimizer
+    moved = params | {"loc": params["loc"] + 1}
+    state = state._replace(optimizer=(count, (moved, rest)))
+    np.testing.assert_array_equal(finish(plan, state)[0]["loc"], moved["loc"])
