@@ -127,6 +127,7 @@ def load(path: str | os.PathLike) -> Run:
         FitError: a saved fit is damaged, or the programs have changed since.
     """
     from inference import Fit, FitError  # slow to import
+    from inference.sites import Prepares
 
     path = Path(path)
     described = _config(path)
@@ -143,7 +144,7 @@ def load(path: str | os.PathLike) -> Run:
         record = experiment.record(**described["record"])
         for name in experiment.names(config):
             model, guide = experiment.programs(config, record, name, fits)
-            prepare = getattr(model, "prepare", None)
+            prepare = model.prepare if isinstance(model, Prepares) else None
             fits[name] = Fit.load(path / "fits" / name, model, guide, preprocess=prepare)
     except FitError:
         raise
