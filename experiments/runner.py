@@ -15,7 +15,7 @@ from experiments import runs
 from experiments.experiment import Experiment, Fits
 from experiments.settings import to_json
 from inference import Estimate, Fit, fit
-from inference.sites import Prepares
+from inference.sites import preparation
 
 
 def run(experiment: Experiment, config: Any) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def train(
             model,
             guide,
             data.train,
-            preprocess=model.prepare if isinstance(model, Prepares) else None,
+            preprocess=preparation(model),
             checkpoint=path and path / "checkpoints" / name,
             progress=config.progress,
             **experiment.training(config, data, name, fits),

@@ -127,7 +127,7 @@ def load(path: str | os.PathLike) -> Run:
         FitError: a saved fit is damaged, or the programs have changed since.
     """
     from inference import Fit, FitError  # slow to import
-    from inference.sites import Prepares
+    from inference.sites import preparation
 
     path = Path(path)
     described = _config(path)
@@ -144,8 +144,8 @@ def load(path: str | os.PathLike) -> Run:
         record = experiment.record(**described["record"])
         for name in experiment.names(config):
             model, guide = experiment.programs(config, record, name, fits)
-            prepare = model.prepare if isinstance(model, Prepares) else None
-            fits[name] = Fit.load(path / "fits" / name, model, guide, preprocess=prepare)
+            where, prepare = path / "fits" / name, preparation(model)
+            fits[name] = Fit.load(where, model, guide, preprocess=prepare)
     except FitError:
         raise
     except (ValueError, TypeError, KeyError) as error:

@@ -34,6 +34,11 @@ class Prepares(Protocol):
         ...
 
 
+def preparation(model: Any) -> Callable[..., Any] | None:
+    """What ``fit`` takes as ``preprocess`` for this model: its ``prepare``, if it has one."""
+    return model.prepare if isinstance(model, Prepares) else None
+
+
 @runtime_checkable
 class ChecksData(Protocol):
     """A model that refuses data that it is not made for."""
