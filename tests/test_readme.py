@@ -278,12 +278,30 @@ def test_python(page, tmp_path):
     execute_python(PAGES[page], tmp_path)
 
 
+# Scripts that take long here, and that tests/experiments runs in the quick suite.
+LONG = ("mnist_quadrants.py", "svhn_vae.py", "linear_gaussian.py", "mnist_cvae.py", "compare.py")
+
+
 @pytest.mark.parametrize(
     ("page", "number", "command"),
     [pytest.param(*found, id=f"{found[0]} {found[1]}: {found[2]}") for found in COMMANDS],
 )
 def test_command(page, number, command, tmp_path):
-    check_command(number, command, tmp_path, runs=(page, number) in LAST.values())
+    is_long = any(script in command for script in LONG)
+    check_command(number, command, tmp_path, runs=(page, number) in LAST.values() and not is_long)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "number", "command"),
+    [
+        pytest.param(*found, id=f"{found[0]} {found[1]}: {found[2]}")
+        for found in COMMANDS
+        if found[:2] in LAST.values() and any(script in found[2] for script in LONG)
+    ],
+)
+def test_a_long_command(page, number, command, tmp_path):
+    check_command(number, command, tmp_path)
 
 
 def anchors(page):

@@ -32,7 +32,12 @@ def test_every_notebook_has_small_settings():
     assert NOTEBOOKS.keys() == SMALL.keys()
 
 
-@pytest.mark.parametrize("name", SMALL)
+QUICK = "a_the_toy"
+
+
+@pytest.mark.parametrize(
+    "name", [QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in SMALL if n != QUICK)]
+)
 def test_a_notebook_runs(name, tmp_path):
     notebook = read(name)
     (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
