@@ -35,11 +35,11 @@ from inference.sites import (
     abstract,
     base,
     batch_shape,
+    data_plates,
     following,
     is_auxiliary,
     is_latent,
     is_summed,
-    of_size,
     plate_sizes,
     trace_of,
 )
@@ -145,7 +145,7 @@ def look(
     here = run(size) if whole else _run_batch(run, size, num_data)
     longer = _run_longer(run, size, whole)
     if longer is None:
-        plates = _plates_of_model(model, key, batch, here, size)
+        plates = data_plates(model, **batch)
         tied_to = f"it runs with {size} data alone"
     else:
         plates = following(here.plate_sizes, longer.plate_sizes, size)
@@ -288,22 +288,6 @@ def prime(guide: Program, key: Array, batch: Callable[[], Batch]) -> None:
     if isinstance(guide, AutoGuide) and getattr(guide, "prototype_trace", None) is None:
         first = {name: jnp.asarray(array) for name, array in batch().items()}
         handlers.seed(guide, key)(**first)
-
-
-def _plates_of_model(
-    model: Program, key: Array, batch: Batch, here: _Found, size: int
-) -> DataPlates:
-    """The plates of the data where the guide knows one length: those that follow in the model."""
-    longer: dict[str, int] = {}
-
-    def run(key: Array, batch: dict[str, Array]) -> None:
-        longer.update(plate_sizes(trace_of(model, key, {}, **batch)))
-
-    try:
-        jax.eval_shape(run, key, abstract(batch, size + 1))
-    except Exception:  # the model knows one length too
-        return of_size(here.plate_sizes, size)
-    return following(here.plate_sizes, longer, size)
 
 
 def _axes(site: Site, plates: DataPlates) -> SiteAxes:

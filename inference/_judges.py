@@ -64,7 +64,8 @@ def judged_data(result: Fit, data: Any) -> Judged:
             or that the guide was not fitted to where it has numbers for each datum.
     """
     require_fit(result)
-    if not isinstance(data, Prepared):
+    is_plain = not isinstance(data, Prepared)
+    if is_plain:
         if result.config.get("preprocess") is not None or result.preprocess is not None:
             raise ValueError(
                 "data: expected data that the fit's preprocess has prepared, got plain ones; "
@@ -76,7 +77,7 @@ def judged_data(result: Fit, data: Any) -> Judged:
     _check_like_training(result, arrays)
     programs = programs_of(result, arrays)
     prime(result.guide, random.key(0), lambda: arrays)
-    described = describe_arrays(arrays, contents=True)
+    described = (is_plain and data.source) or describe_arrays(arrays, contents=True)  # hashed once
     if programs.tied_to and (data.source or described) != result.config["data"]:
         raise ProgramError(tied_message(programs))
     _check_values(result, arrays, programs, described, num_data)
@@ -117,9 +118,7 @@ def _check_values(
     passed, digest = _PASSED.setdefault(result, set()), tuple(sorted(described.items()))
     if digest in passed or not programs.bounded:
         return
-    check = compiled(support_of, result.model, result.guide, jit=False)(
-        programs.params | programs.mutable
-    )
+    check = support_check(result.model, result.guide, programs.params | programs.mutable)
     size = min(SUPPORT_ROWS, num_data) if programs.takes_batches else num_data
     batches = (
         (random.key(0), {n: a[max(0, min(i, num_data - size)) :][:size] for n, a in arrays.items()})
@@ -127,11 +126,6 @@ def _check_values(
     )
     check_supports(check, batches, result.model)
     passed.add(digest)
-
-
-def support_of(model: Any, guide: Any, params: Any) -> Any:
-    """``support_check`` with the programs first."""
-    return support_check(model, guide, params)
 
 
 def require_local(judged: Judged, name: str) -> None:
@@ -158,18 +152,17 @@ def require_local(judged: Judged, name: str) -> None:
 # --- compiled functions ---------------------------------------------------------------------------
 
 
-def compiled(function: Callable[..., Any], *statics: Any, jit: bool = True) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], *statics: Any) -> Callable[..., Any]:
     """``function`` with its first arguments fixed, compiled once for all calls with equal ones."""
     try:
-        return _compiled(function, jit, *statics)
+        return _compiled(function, *statics)
     except TypeError:  # a program that has no hash
-        return _compiled.__wrapped__(function, jit, *statics)
+        return _compiled.__wrapped__(function, *statics)
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(function: Callable[..., Any], jit: bool, *statics: Any) -> Callable[..., Any]:
-    fixed = functools.partial(function, *statics)
-    return jax.jit(fixed) if jit else fixed
+def _compiled(function: Callable[..., Any], *statics: Any) -> Callable[..., Any]:
+    return jax.jit(functools.partial(function, *statics))
 
 
 def values_of(result: Fit, seed: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from inference._steps import (
     MAX_CHUNK,
     State,
     advance,
+    by_seed,
     find_fault,
     finish,
     validate,
@@ -143,12 +144,11 @@ def start(run: Run, init: Any, checkpoint: str | os.PathLike | None) -> None:
 
 def _state_of(init: Fit, run: Run) -> State:
     """The state of a fit to go on with, as this run has it."""
-    fresh = jax.eval_shape(lambda: run.template)
     keep = ("average", "best", "best_elbo", "num_stale")
     assert init.state is not None
     ours, theirs = (
         [jax.tree.leaves(getattr(state, name)) for name in State._fields if name not in keep]
-        for state in (fresh, init.state)
+        for state in (run.template, init.state)
     )
     shapes = [
         [[(x.shape, x.dtype) for x in leaves] for leaves in state] for state in (ours, theirs)
@@ -252,12 +252,7 @@ def _fault(run: Run, i: int) -> str:
         names.extend(name for name, _ in found)
         return [finite for _, finite in found]
 
-    one = run.state._replace(
-        **{
-            name: jax.tree.map(lambda x: x[i], getattr(run.state, name))
-            for name in State._fields[3:]
-        }
-    )
+    one = by_seed(lambda x: x[i], run.state)
     flags = jax.jit(look)(one, run.keys[i], run.data)
     bad = [name for name, finite in zip(names, flags, strict=True) if not finite]
     return bad[0] if bad else "the loss itself, of other draws than a single particle's"
