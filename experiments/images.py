@@ -47,7 +47,8 @@ from models.conditions import Labels
 from models.likelihoods import LIKELIHOODS
 from models.networks import softplus
 
-PER_DATUM_STEPS = 1000  # A per-datum guide is fitted to the test images in so many steps.
+ENCODERS = ("network", "per-datum")
+PER_DATUM_STEPS = 1000  # A table of numbers is fitted to the test images in so many steps.
 JUDGING_SEED = 20_150_901  # It is folded with the run's seed, and gives the draws of the judges.
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -88,13 +89,15 @@ class Config:
             auto is MNIST if it can be loaded, and else digits.
         data_dir: Directory with the data set's files, compressed or not, to read offline.
         num_validation: Images held out of the training. Default: the data set's usual number. The
-            guide per-datum holds out none, because it knows the training images alone.
+            encoder per-datum holds out none, because it knows the training images alone.
         num_train: Number of training images, the first ones. Default: all.
         num_test: Number of test images, the first ones. Default: all.
         preset: Model to start from, by name. The settings from hidden to likelihood change it.
-        guide: Family of the guide: mean-field, low-rank, full-covariance, flow, prior,
-            semi-amortised or per-datum. per-datum trains on all images at once and is fitted
-            anew to the test images.
+        guide: Family of the guide: mean-field, structured, low-rank, full-covariance, flow, prior
+            or semi-amortised.
+        encoder: What gives the guide its numbers: network, or per-datum. per-datum is a table with
+            a row for each image. It trains on all images at once and is fitted anew to the test
+            images.
         hidden: Units of the decoder's hidden layers, from z to x.
         channels: Channels of the convolution layers, from x to z.
         encoder_hidden: Units of the encoder's hidden layers, from x to z. Default: the decoder's,
@@ -132,6 +135,7 @@ class Config:
     num_test: int | None = None
     preset: str = "numpyro"
     guide: str = "mean-field"
+    encoder: str = "network"
     hidden: tuple[int, ...] | None = None
     channels: tuple[int, ...] | None = None
     encoder_hidden: tuple[int, ...] | None = None
@@ -158,7 +162,8 @@ class Config:
     progress: bool = True
 
     def __post_init__(self):
-        check_known(self, preset=vae.PRESETS, guide=guides.GUIDES, activation=ACTIVATIONS)
+        check_known(self, preset=vae.PRESETS, guide=guides.GUIDES, encoder=ENCODERS)
+        check_known(self, activation=ACTIVATIONS)
         check_known(self, likelihood=LIKELIHOODS, objective=OBJECTIVES, schedule=SCHEDULES)
         check_least(1, self, "num_train", "num_test", "num_latents", "num_epochs", "batch_size")
         check_least(1, self, "num_particles", "patience", "num_samples", "num_seeds")
@@ -171,9 +176,9 @@ class Config:
                 f"a longer one would never train the ELBO itself"
             )
         for name in ("num_validation", "batch_size"):
-            if self.guide == "per-datum" and getattr(self, name):
+            if self.encoder == "per-datum" and getattr(self, name):
                 raise ValueError(
-                    f"{name}: expected none with the guide per-datum, whose every step takes all "
+                    f"{name}: expected none with the encoder per-datum, whose every step takes all "
                     f"training images, got {getattr(self, name)}; leave it out"
                 )
         for name in ("beta", "free_bits"):
@@ -213,7 +218,7 @@ class Config:
         return load(
             self.dataset,
             data_dir=self.data_dir,
-            num_validation=0 if self.guide == "per-datum" else self.num_validation,
+            num_validation=0 if self.encoder == "per-datum" else self.num_validation,
             progress=self.progress,
         )
 
@@ -240,11 +245,12 @@ class Config:
         return replace(vae.PRESETS[self.preset], x_shape=record.x_shape, **changes)
 
     def make_guide(self, model: vae.Model, num_data: int) -> Any:
-        """The guide of the model. ``num_data`` counts for a guide with numbers for each datum."""
-        settings: dict[str, Any] = {"num_data": num_data}
+        """The guide of the model. ``num_data`` counts for a table with a row for each datum."""
+        settings: dict[str, Any] = {}
         if self.encoder_hidden is not None:
             settings["encoder"] = partial(model.encoder, hidden=self.encoder_hidden)
-        return guides.make(self.guide, model, **settings)
+        guide = guides.make(self.guide, model, **settings)
+        return guide.per_datum(num_data) if self.encoder == "per-datum" else guide
 
 
 @dataclass(frozen=True)
@@ -297,7 +303,7 @@ def programs(config: Config, record: Record, name: str, fits: Fits) -> tuple[Any
 def training(config: Config, data: Dataset, name: str, fits: Fits) -> dict[str, Any]:
     """The settings of ``fit``. Every step sees freshly prepared images."""
     num_train = len(data.train["x"])
-    most = num_train if config.guide == "per-datum" else 128
+    most = num_train if config.encoder == "per-datum" else 128
     batch_size = config.batch_size or min(most, num_train)
     num_steps = -(-config.num_epochs * num_train // batch_size)
     optimizer = optax.adam(SCHEDULES[config.schedule](config.learning_rate, num_steps))
@@ -343,7 +349,7 @@ def judge(config: Config, data: Dataset, fits: Fits) -> Judged:
     fitted, progress = fits["fit"], config.progress
     test, key = fitted.prepare(data.test), judging_key(config)
     labels = None
-    if config.guide == "per-datum":
+    if config.encoder == "per-datum":
         fitted = fit_anew(config, fitted, test)
     elif isinstance(config, LabelConfig) and "c" in test:
         labels = label_check(
@@ -363,7 +369,7 @@ def judge(config: Config, data: Dataset, fits: Fits) -> Judged:
 
 
 def fit_anew(config: Config, fitted: Fit, test: Prepared) -> Fit:
-    """A fit of the test images: the models as they are, each with a new per-datum guide."""
+    """A fit of the test images: the models as they are, each with a new table of numbers."""
     model: Any = fitted.model
     guide = config.make_guide(model, len(test["x"]))
     anew = [

@@ -7,7 +7,6 @@ fault raises ``ProgramError`` in one line: where, expected, got, what to do.
 
 import copy
 import inspect
-import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -38,10 +37,12 @@ from inference.sites import (
     data_plates,
     following,
     is_auxiliary,
+    is_fixed,
     is_latent,
     is_summed,
     plate_sizes,
     trace_of,
+    values_needed,
 )
 
 SUPPORT_ROWS = 4096  # data that are compared with their supports at a time
@@ -76,6 +77,7 @@ class Programs:
         observed: the model's observed sites, by name.
         bounded: those of them that do not take every real number.
         params: the abstract value of every parameter, by name.
+        fixed: those parameters that no optimiser moves.
         mutable: likewise for the mutable state.
         summed: the model's latent sites that the guide does not draw, to be summed over.
         enumerated: the guide's latent sites that an objective may sum over.
@@ -88,6 +90,7 @@ class Programs:
     observed: dict[str, SiteAxes]
     bounded: tuple[str, ...]
     params: dict[str, Any]
+    fixed: frozenset[str]
     mutable: dict[str, Any]
     summed: tuple[str, ...]
     enumerated: tuple[str, ...]
@@ -167,6 +170,7 @@ def look(
         observed={name: _axes(site, plates) for name, site in observed.items()},
         bounded=tuple(n for n, s in observed.items() if not _is_real(s["fn"].support)),
         params=here.params,
+        fixed=frozenset(n for n, s in (here.guide | here.model).items() if is_fixed(s)),
         mutable=here.mutable,
         summed=tuple(n for n, s in here.model.items() if is_summed(s) and n not in here.draws),
         enumerated=tuple(name for name, site in here.draws.items() if is_summed(site)),
@@ -438,7 +442,7 @@ def _trace(
     except ProgramError:
         raise
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-        raise _values_needed(role, error, batch) from error
+        raise ProgramError(values_needed(role, error, batch)) from error
     except Exception as error:
         site = _site_in_flight(error)
         if site is not None:
@@ -448,17 +452,6 @@ def _trace(
         error.add_note(f"raised by the {role}{where}, called with keyword arguments {called}")
         raise
     return dict(sites)
-
-
-def _values_needed(role: str, error: Exception, batch: Mapping[str, Any]) -> ProgramError:
-    """A program that asks for numbers where there are only shapes."""
-    named = [name for name in re.findall(r"batch\['([^']+)'\]", str(error)) if name in batch]
-    arrays = " and ".join(repr(name) for name in dict.fromkeys(named)) or "its arguments"
-    return ProgramError(
-        f"{role}: expected a program that runs on the shapes of its arguments, got one that needs "
-        f"the values of {arrays}; compute the number that it needs outside, and pass it by "
-        f"functools.partial"
-    )
 
 
 def _site_in_flight(error: Exception) -> Site | None:

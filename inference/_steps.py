@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax, random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -27,6 +28,7 @@ from inference.sites import Program, is_latent, length, trace_of
 Batch = Mapping[str, Array]
 Preprocess = Callable[[Array, Batch], Batch]
 
+MAX_FIRST = 1000  # the most data that parameters are made on
 MAX_CHUNK = 1024  # the most steps that the device takes between two looks of the host
 INIT, ORDER, NOISE, VALIDATION = range(4)  # what the keys folded from a seed's key are for
 
@@ -92,16 +94,32 @@ class Plan:
             objective = objective.at_step(step)
         known = self.programs
         scaled = PerDatum(objective, self.settings.num_data, known.plates, known.has_globals)
-        return SVI(self.model, self.guide, self.optimizer, scaled)
+        return SVI(self.model, self.guide, self.moving, scaled)
+
+    @property
+    def moving(self) -> optax.GradientTransformation:
+        """The optimiser, kept from the parameters that stay."""
+        fixed = self.programs.fixed
+        if not fixed:
+            return self.optimizer
+
+        def labels(params: Mapping[str, Any]) -> PyTree:
+            return {n: jax.tree.map(lambda _, n=n: n in fixed, tree) for n, tree in params.items()}
+
+        return optax.partition({True: optax.set_to_zero(), False: self.optimizer}, labels)
 
 
 # --- the state before the first step --------------------------------------------------------------
 
 
 def first_batch(plan: Plan, key: Array, data: Batch) -> Batch:
-    """The first data as they lie, prepared: to check programs and to start parameters."""
-    batch = {name: array[: plan.settings.batch_size] for name, array in data.items()}
-    return batch if plan.preprocess is None else plan.preprocess(key, batch)
+    """Data that are spread evenly over all, prepared, to make parameters on. Programs of one length
+    get all data."""
+    num_data = plan.settings.num_data
+    if plan.programs.takes_batches:
+        rows = np.linspace(0, num_data - 1, min(num_data, MAX_FIRST)).round().astype(int)
+        data = {name: array[rows] for name, array in data.items()}
+    return data if plan.preprocess is None else plan.preprocess(key, data)
 
 
 def constrain_of(

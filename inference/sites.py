@@ -5,20 +5,28 @@ number is computed. Two runs, on batches of different lengths, tell which plates
 those whose size follows the length of the batch. The plate needs no name.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpyro
 import numpyro.distributions as dist
+from jax import lax, random
 from jaxtyping import Array
+from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.kl import kl_divergence
 from numpyro.handlers import block, seed, substitute, trace
 from numpyro.ops.provenance import eval_provenance
 
 Program = Callable[..., Any]
 Batch = Mapping[str, Any]
+PRIOR_DRAWS = 200  # of each latent site, to see where it lies
+PRIOR_DATA = 20  # data that they are drawn for
 Site = dict[str, Any]  # what NumPyro calls a message: one `sample`, `plate`, `param`, ...
 
 
@@ -214,10 +222,10 @@ def _abstract_sites(program: Program, num_args: int, arrays: Batch) -> dict[str,
     """The sites of a program on abstract values, hidden from outer handlers."""
     found: dict[str, Site] = {}
 
-    def run(arrays: dict[str, Any]) -> None:
-        args = [arrays.pop(str(i)) for i in range(num_args)]
+    def run(batch: dict[str, Any]) -> None:
+        args = [batch.pop(str(i)) for i in range(num_args)]
         with block():
-            found.update(trace_of(program, jax.random.key(0), {}, *args, **arrays))
+            found.update(trace_of(program, jax.random.key(0), {}, *args, **batch))
 
     jax.eval_shape(run, dict(arrays))
     return found
@@ -235,29 +243,7 @@ def _data_plates(
     return following(here, plate_sizes(longer), size)
 
 
-def observed_arrays(model: Program, batch: Batch) -> set[str]:
-    """The arrays that the values of a model's observed sites are made from, found by provenance.
-
-    Args:
-        model: a program.
-        batch: arrays of shape (N, ...), as the model takes them.
-    """
-
-    def values(**arrays: Any) -> list[Any]:
-        with block():
-            sites = trace_of(model, jax.random.key(0), {}, **arrays).values()
-        return [s["value"] for s in sites if is_observed(s) and not is_auxiliary(s)]
-
-    found: set[str] = set()
-
-    def run(arrays: dict[str, Any]) -> None:
-        found.update(*eval_provenance(values, **arrays))
-
-    jax.eval_shape(run, abstract(batch))
-    return found
-
-
-# --- latent sites ---------------------------------------------------------------------------------
+# --- what a guide must know of its model ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -265,30 +251,349 @@ class LatentSite:
     """A latent site of a program.
 
     Attributes:
+        batch: the batch shape of its distribution, for example (100,) in a plate of 100 data.
         shape: the event shape, for example (20,) for a vector of 20 numbers.
-        support: a constraint of ``numpyro.distributions.constraints``.
-        is_local: whether every datum has its own.
+        data_axis: the axis of ``batch`` along which the data lie, from the left. None for a global
+            site, which all data share.
+        plates: those around the site, the outermost first: name, axis and size of each.
+        support: a constraint of ``numpyro.distributions.constraints``. None where the program
+            computes it: then ``computed_sites`` finds it.
+        is_masked: whether the program masks the site's density.
     """
 
+    batch: tuple[int, ...]
     shape: tuple[int, ...]
+    data_axis: int | None
+    plates: tuple[Any, ...]
     support: Any
-    is_local: bool
+    is_masked: bool
+
+    @property
+    def is_local(self) -> bool:
+        """Whether every datum has its own."""
+        return self.data_axis is not None
 
 
-def latent_sites(model: Program, data: Batch) -> dict[str, LatentSite]:
-    """The latent sites of a model, by name, in the order in which it draws them.
+@dataclass(frozen=True)
+class Outline:
+    """What abstract runs tell of a model.
 
-    The model runs abstractly and hidden from outer handlers, so a guide may look at its model.
+    Attributes:
+        latents: the latent sites that a guide must draw, by name, in the model's order.
+        names: the names of all its sites.
+        any_length: whether the model runs with any number of data.
+    """
+
+    latents: dict[str, LatentSite]
+    names: frozenset[str]
+    any_length: bool
+
+
+def outline(model: Program, data: Batch) -> Outline:
+    """The latent sites of a model.
+
+    The model runs abstractly and hidden from outer handlers, so a guide may look at its model. A
+    site that an objective sums over is left out.
+
+    Args:
+        model: a program.
+        data: arrays of shape (N, ...) or their abstract values, as the model takes them.
+
+    Raises:
+        ValueError: a latent site that no family can draw, in one line.
+    """
+    return _once(_outline, model, data)
+
+
+def _once(function: Callable[..., Any], model: Program, data: Batch) -> Any:
+    """``function(model, shapes of data)``, once for each model and shapes."""
+    shapes = abstract(data)
+    known = tuple((name, array.shape, array.dtype) for name, array in shapes.items())
+    try:
+        return _cached(function, model, known)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        return function(model, shapes)  # a model without a hash
+
+
+@functools.lru_cache(maxsize=256)
+def _cached(function: Callable[..., Any], model: Program, shapes: tuple[Any, ...]) -> Any:
+    return function(model, {n: jax.ShapeDtypeStruct(shape, dtype) for n, shape, dtype in shapes})
+
+
+def _outline(model: Program, shapes: Batch) -> Outline:
+    size = length(shapes)
+    try:
+        sites = _abstract_sites(model, 0, shapes)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        raise ValueError(values_needed("model", error, shapes)) from error
+    longer = None
+    try:
+        longer = _abstract_sites(model, 0, abstract(shapes, size + 1))
+        plates = following(plate_sizes(sites), plate_sizes(longer), size)
+    except Exception:  # a program of one length
+        plates = of_size(plate_sizes(sites), size)
+    drawn = {n: s for n, s in sites.items() if is_latent(s) and not is_summed(s)}
+    drawn = {n: s for n, s in drawn.items() if not is_auxiliary(s)}
+    for name, site in drawn.items():
+        _check_drawable(name, site)
+    if longer is not None:
+        _check_same_sites(drawn, longer, plates)
+    latents = {name: _latent_site(site, plates) for name, site in drawn.items()}
+    computed = [name for name, site in latents.items() if site.support is None or site.is_masked]
+    if computed:
+        _check_supports_known(model, shapes, sites, computed)
+    return Outline(latents, frozenset(sites), longer is not None)
+
+
+def values_needed(role: str, error: Exception, batch: Batch) -> str:
+    """What to tell of a program that asks for numbers where there are only shapes."""
+    named = [name for name in re.findall(r"batch\['([^']+)'\]", str(error)) if name in batch]
+    arrays = " and ".join(repr(name) for name in dict.fromkeys(named)) or "its arguments"
+    return (
+        f"{role}: expected a program that runs on the shapes of its arguments, got one that needs "
+        f"the values of {arrays}; compute the number that it needs outside, and pass it by "
+        f"functools.partial"
+    )
+
+
+def _latent_site(site: Site, plates: DataPlates) -> LatentSite:
+    batch, support = batch_shape(site), site["fn"].support
+    is_known = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(support))
+    frames = tuple((f.name, f.dim, f.size) for f in reversed(site["cond_indep_stack"]))
+    return LatentSite(
+        batch=batch,
+        shape=tuple(site["fn"].event_shape),
+        data_axis=len(batch) + plates.axis(site) if plates.hold(site) else None,
+        plates=frames,
+        support=support if is_known else None,
+        is_masked=isinstance(site["fn"], dist.MaskedDistribution),
+    )
+
+
+def _check_drawable(name: str, site: Site) -> None:
+    support = site["fn"].support
+    if site.get("_control_flow_done"):
+        raise ValueError(
+            f"model site {name!r}: expected a latent site outside scan, got one inside, whose "
+            f"steps a family cannot tell apart; draw its noise as one site before the scan, with "
+            f".to_event, and compute the states from it"
+        )
+    if support.is_discrete:
+        raise ValueError(
+            f"model site {name!r}: expected a continuous latent site, got one with support "
+            f"{support}; observe it, sum over it (infer={{'enumerate': 'parallel'}} and "
+            f"TraceEnum_ELBO), or relax it"
+        )
+    try:
+        biject_to(support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"model site {name!r}: expected a support with a bijection to real numbers, got "
+            f"{support}; draw the site from a real vector by a numpyro.deterministic"
+        ) from error
+
+
+def _check_same_sites(
+    drawn: Mapping[str, Site], longer: Mapping[str, Site], plates: DataPlates
+) -> None:
+    """Only the data plates follow the number of data."""
+    latents = {n for n, s in longer.items() if is_latent(s) and not is_summed(s)}
+    others = sorted(latents ^ drawn.keys())
+    others = [name for name in others if not is_auxiliary((drawn | longer)[name])]
+    if others:
+        raise ValueError(
+            f"model site {others[0]!r}: expected the same latent sites for every number of data, "
+            f"got one that comes or goes with it; draw what each datum has in "
+            f'numpyro.plate("data", len(x))'
+        )
+    for name, site in drawn.items():
+        shapes = [tuple(s["fn"].event_shape) for s in (site, longer[name])]
+        if not plates.hold(site):
+            batches = [batch_shape(s) for s in (site, longer[name])]
+            shapes = [(*b, *e) for b, e in zip(batches, shapes, strict=True)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"model site {name!r}: expected a latent site of one shape for every number of "
+                f"data, got shape {shapes[0]}, which follows it; put what each datum has in "
+                f'numpyro.plate("data", len(x))'
+            )
+
+
+def _check_supports_known(
+    model: Program, shapes: Batch, sites: Mapping[str, Site], computed: list[str]
+) -> None:
+    """Supports and masks may be computed from the data, not from draws or parameters."""
+    inputs = {name: s["value"] for name, s in sites.items() if is_latent(s) or s["type"] == "param"}
+    order = list(inputs)
+    sources: dict[str, set[str]] = {}
+
+    def needs(batch: Batch, **given: Any) -> dict[str, Any]:
+        values = {name: given[f"site {i}"] for i, name in enumerate(order)}
+        with block():
+            found = trace_of(model, jax.random.key(0), values, **batch)
+        return {n: jax.tree.leaves((found[n]["fn"].support, _mask(found[n]))) for n in computed}
+
+    def run(inputs: Any, batch: Any) -> None:
+        given = {f"site {i}": inputs[name] for i, name in enumerate(order)}
+        for name, leaves in eval_provenance(needs, batch=batch, **given).items():
+            named = set().union(*leaves) - {"batch"}
+            sources[name] = {order[int(source.split()[1])] for source in named}
+
+    jax.eval_shape(run, inputs, dict(shapes))
+    for name, found in sources.items():
+        for source in sorted(found - {name}):
+            raise ValueError(
+                f"model site {name!r}: expected a support that the data alone decide, got one that "
+                f"depends on {source!r}; draw a site of fixed support, such as Uniform(0, 1), and "
+                f"compute the value from it and {source!r}"
+            )
+
+
+def _mask(site: Site) -> Any:
+    return site["fn"]._mask if isinstance(site["fn"], dist.MaskedDistribution) else ()
+
+
+def computed_sites(model: Program, data: Batch) -> dict[str, Site]:
+    """The sites of a model at data, hidden from outer handlers: for supports that it computes."""
+    with block():
+        return trace_of(model, jax.random.key(0), {}, **data)
+
+
+def few(found: Outline, data: Batch) -> dict[str, Array]:
+    """A few data, evenly spread. All of them if the model runs with one number of data alone."""
+    size = length(data)
+    count = min(size, PRIOR_DATA) if found.any_length else size
+    rows = np.linspace(0, size - 1, count).round().astype(int)
+    return {name: jnp.asarray(array)[rows] for name, array in data.items()}
+
+
+def prior_draws(model: Program, names: Iterable[str], data: Batch, key: Array) -> dict[str, Array]:
+    """Draws of latent sites from the prior of a model. Its parameters are those it starts from.
+
+    Args:
+        model: a program.
+        names: the sites'.
+        data: arrays of shape (N, ...), as the model takes them.
+        key: a random key.
+
+    Returns:
+        By site, (draw, *batch, *event).
+    """
+
+    def run(key: Array, data: Batch) -> dict[str, Array]:
+        with block():
+            sites = trace_of(model, key, {}, **data)
+            params = {n: s["value"] for n, s in sites.items() if s["type"] in ("param", "mutable")}
+
+            def draw(key: Array) -> dict[str, Array]:
+                sites = trace_of(model, key, params, **data)
+                return {name: sites[name]["value"] for name in names}
+
+            return lax.map(draw, random.split(key, PRIOR_DRAWS), batch_size=20)
+
+    return jax.jit(run)(key, dict(data))
+
+
+# --- parameters that stay -------------------------------------------------------------------------
+
+
+def fixed_param(name: str, measure: Callable[[Array], Any]) -> Any:
+    """A parameter that no optimiser moves: what a program measures when its parameters are made.
+
+    ``fit`` keeps it among the parameters of a fit. Its gradient is zero.
+
+    Args:
+        name: the name of the ``numpyro.param`` site.
+        measure: from a random key to a tree of arrays.
+    """
+    return lax.stop_gradient(numpyro.param(name, measure, is_fixed=True))
+
+
+def is_fixed(site: Site) -> bool:
+    """True for a parameter that no optimiser moves."""
+    return site["type"] == "param" and bool(site["kwargs"].get("is_fixed"))
+
+
+# --- what the arrays are --------------------------------------------------------------------------
+
+
+def observed_arrays(model: Program, batch: Batch) -> set[str]:
+    """The arrays that the values of a model's observed sites are made from, found by provenance.
+
+    Args:
+        model: a program.
+        batch: arrays of shape (N, ...), as the model takes them.
+    """
+    return {name for _, sources in _observed(model, abstract(batch)) for name in sources}
+
+
+def _observed(model: Program, shapes: Batch) -> list[tuple[Site, frozenset[str]]]:
+    """Every observed site, and the arrays that its value is made from."""
+    sites: dict[str, Site] = {}
+
+    def values(**arrays: Any) -> dict[str, Any]:
+        with block():
+            found = trace_of(model, jax.random.key(0), {}, **arrays)
+        sites.update((n, s) for n, s in found.items() if is_observed(s) and not is_auxiliary(s))
+        return {name: site["value"] for name, site in sites.items()}
+
+    sources: dict[str, frozenset[str]] = {}
+
+    def run(arrays: dict[str, Any]) -> None:
+        sources.update(eval_provenance(values, **arrays))
+
+    jax.eval_shape(run, dict(shapes))
+    return [(site, sources[name]) for name, site in sites.items()]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the numbers of an array mean.
+
+    Attributes:
+        name: "real", "boolean", "counts", "labels", or "integers" of no known meaning.
+        num_classes: how many labels there are.
+    """
+
+    name: str
+    num_classes: int = 0
+
+
+def array_kinds(model: Program, data: Batch) -> dict[str, Kind]:
+    """What each array holds, by its type and by the support of the site whose value it is.
 
     Args:
         model: a program.
         data: arrays of shape (N, ...) or their abstract values, as the model takes them.
     """
-    shapes = abstract(data)
-    sites = _abstract_sites(model, 0, shapes)
-    plates = _data_plates(model, 0, shapes, sites)
-    return {
-        name: LatentSite(tuple(site["fn"].event_shape), site["fn"].support, plates.hold(site))
-        for name, site in sites.items()
-        if is_latent(site)
-    }
+    return _once(_array_kinds, model, data)
+
+
+def _array_kinds(model: Program, shapes: Batch) -> dict[str, Kind]:
+    kinds = {}
+    for name, array in shapes.items():
+        if array.dtype == bool:
+            kinds[name] = Kind("boolean")
+        else:
+            real = jnp.issubdtype(array.dtype, jnp.floating)
+            kinds[name] = Kind("real" if real else "integers")
+    for site, sources in _observed(model, shapes):
+        for name in sources:
+            is_value = len(sources) == 1 and jnp.size(site["value"]) == shapes[name].size
+            if is_value and kinds[name] != Kind("boolean"):
+                kinds[name] = _kind_of(base(site["fn"]))
+    return kinds
+
+
+def _kind_of(fn: Any) -> Kind:
+    """What the values of a distribution are."""
+    while isinstance(fn, dist.MaskedDistribution):
+        fn = base(fn.base_dist)
+    if isinstance(fn, dist.CategoricalLogits | dist.CategoricalProbs):
+        weights = fn.logits if isinstance(fn, dist.CategoricalLogits) else fn.probs
+        return Kind("labels", weights.shape[-1])
+    if fn.support is constraints.boolean:
+        return Kind("boolean")
+    return Kind("counts" if fn.support.is_discrete else "real")

@@ -1,41 +1,43 @@
-"""The catalogue of guides: families made from a model in one call, and swapped in one line.
+"""The catalogue of guides: families made from any model in one call, and swapped in one line.
 
     guide = mean_field(model)
     guide = flow(model)
 
-| family             | q(z | x, c)                                                               |
+| family             | q of a datum's local sites, in unconstrained coordinates u                |
 |--------------------|---------------------------------------------------------------------------|
-| ``mean_field``     | prod_i Normal(z_i; loc_i(x, c), scale_i(x, c)^2)                          |
-| ``low_rank``       | Normal(z; loc(x, c), F(x, c) F(x, c)^T + diag(scale(x, c)^2))             |
-| ``full_covariance``| Normal(z; loc(x, c), L(x, c) L(x, c)^T), L lower triangular               |
+| ``mean_field``     | prod_i Normal(u_i; loc_i(x, c), scale_i(x, c)^2)                          |
+| ``structured``     | q(u1 | x, c) q(u2 | u1, x, c) ..., site by site, each a mean field        |
+| ``low_rank``       | Normal(u; loc(x, c), F(x, c) F(x, c)^T + diag(scale(x, c)^2))             |
+| ``full_covariance``| Normal(u; loc(x, c), L(x, c) L(x, c)^T), L lower triangular               |
 | ``flow``           | the full covariance, carried through maps that depend on (x, c)           |
 | ``prior``          | p(z | c): the data change nothing                                         |
-| ``per_datum``      | prod_i Normal(z_i; loc_ni, scale_ni^2), numbers for each datum n          |
 | ``semi_amortised`` | the mean field, after a few gradient steps on each datum's own ELBO       |
 
-The first four families are ordered: each contains the one above it. So the best ELBO cannot fall
-from one line to the next.
+Mean field, low rank, full covariance and flow are ordered: each contains the one before it. So the
+best ELBO cannot fall from one to the next.
 
 A guide is a NumPyro program with the model's arguments, called by keyword: ``guide(x=x)`` or
-``guide(c=c, x=x)``. A family finds the shape of z by an abstract run of the model.
+``guide(c=c, x=x)``. A family finds the latent sites by an abstract run of the model. A site in the
+plate of the data is *local*, another one *global*.
 
-One encoder gives the numbers of every datum's posterior. Its parameters are the site ``encoder``.
-By default it is the model's own: a model offers it as ``encoder(num_outputs, rngs=rngs)``. Any
-other callable of this form may take its place. It returns a Flax module from the data, by keyword,
-to (N, num_outputs):
+- **Coordinates.** ``biject_to`` of a site's support gives real numbers u. They are measured from
+  the median of prior draws, in units of their spread. So a guide starts near the prior.
+- **Local sites** get their numbers from one encoder (``models.encoders``), the site ``encoder`` of
+  the program. A joint family is a chain: each site is drawn given the data and the sites before.
+- **Global sites** are drawn first. Their numbers are the site ``globals``: a mean field, or with
+  ``globals="full_covariance"`` one Normal over all of them.
+- **A further plate.** The entries of one site along it are independent in q, given the data and
+  the sites before. To make them joint, write ``.to_event`` in the model.
 
-    guide = mean_field(model, encoder=functools.partial(model.encoder, hidden=(100,)))
-
-The families serve models with one real latent site ``z`` for each datum, of any event shape.
+What is measured once and not trained, the medians for example, is the site ``statistics``.
 
 A family is a function of the model in ``GUIDES``. ``make`` takes one by its name.
 """
 
-import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -47,244 +49,441 @@ from flax import nnx
 from jax import lax, random
 from jaxtyping import Array, Float
 from numpyro import handlers
-from numpyro.distributions import constraints, transforms
+from numpyro.distributions import transforms
 from numpyro.infer.util import log_density
 from scipy.linalg import hadamard
 
-from inference.sites import HasEncoder, LatentSite, latent_sites
-from models.networks import MLP, SCALE_FLOOR, network, positive
+from inference.sites import (
+    HasEncoder,
+    Outline,
+    array_kinds,
+    few,
+    fixed_param,
+    is_observed,
+    outline,
+    prior_draws,
+)
+from models.blocks import Block, Drawn, Numbers, Plates, Start, blocks_of, start_of
+from models.coordinates import is_real
+from models.densities import CholeskyNormal, Coupling, Couplings
+from models.encoders import Data, Inputs, MakeEncoder, PerDatum, default_network
+from models.networks import MLP, network, positive, still
 
-MakeEncoder = Callable[..., nnx.Module]  # (num_outputs, *, rngs) -> a module from the data
-Data = Mapping[str, Any]  # the model's arguments by name: arrays of shape (N, ...)
+GLOBALS = ("mean_field", "full_covariance")
 
 # --- what the families share ----------------------------------------------------------------------
 
 
-def _is_real(site: LatentSite) -> bool:
-    support = site.support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support is constraints.real
-
-
-def _shape_of_z(model: Callable[..., Any], data: Data) -> tuple[int, ...]:
-    """The event shape of the model's one latent site, found by an abstract run.
-
-    Raises:
-        ValueError: the model has other latent sites than one real ``z`` for each datum.
-    """
-    shapes = tuple((n, tuple(a.shape), jnp.dtype(a.dtype)) for n, a in sorted(data.items()))
-    try:
-        return _known_shape_of_z(model, shapes)
-    except TypeError:  # a model without a hash
-        return _known_shape_of_z.__wrapped__(model, shapes)
-
-
-@functools.lru_cache(maxsize=128)
-def _known_shape_of_z(model: Callable[..., Any], shapes: tuple[Any, ...]) -> tuple[int, ...]:
-    """``_shape_of_z``, once for each model and shapes of data."""
-    data = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in shapes}
-    sites = latent_sites(model, data)
-    z = sites.get("z")
-    if len(sites) != 1 or z is None or not z.is_local or not _is_real(z):
-        got = ", ".join(
-            f"{name} ({site.support}, {'one per datum' if site.is_local else 'global'})"
-            for name, site in sites.items()
-        )
-        raise ValueError(
-            f"model: expected one latent site, a real z for each datum, got {got or 'none'}; write "
-            f"a guide for this model, since the families of models.guides do not serve it"
-        )
-    return z.shape
-
-
 @dataclass(frozen=True)
 class Guide:
-    """A program that samples z given the data from ``posterior``.
+    """A program that draws the latent sites of a model, given the data.
 
     Attributes:
-        model: a program with one real latent site ``z`` for each datum.
+        model: any program.
     """
 
     model: Callable[..., Any]
 
-    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
-        """The distribution q(z | x, c), of batch shape (N,) and event shape (num_latents,).
+    def __call__(self, **data: Any) -> None:
+        """Draws every latent site.
 
         Args:
             data: the model's arguments by name.
-            num_latents: how many numbers z has for one datum.
         """
         raise NotImplementedError
 
+    def per_datum(self, num_data: int) -> "Guide":
+        """The same family with numbers of each datum's own in place of an encoder.
+
+        Args:
+            num_data: how many data there are. Every batch holds all of them, in the same order.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Chain(Guide):
+    """A guide that draws one site after another, each from numbers and the sites before.
+
+    Attributes:
+        encoder: a callable ``(num_outputs, *, rngs)``. It returns a Flax module from the data, by
+            keyword, to (N, num_outputs). None for the model's own, or else an MLP on all arrays.
+        globals: "mean_field" or "full_covariance", the family of the global sites.
+
+    Raises:
+        ValueError: no such family of the global sites.
+    """
+
+    encoder: MakeEncoder | None = None
+    globals: str = "mean_field"
+
+    def __post_init__(self):
+        if self.globals not in GLOBALS:
+            raise ValueError(f"globals: expected one of {', '.join(GLOBALS)}, got {self.globals!r}")
+
+    # --- what a family says
+
+    def sizes(self, block: Block, before: int) -> dict[str, int]:
+        """How many numbers make the distribution of a site, by the name of each group.
+
+        Args:
+            block: the site.
+            before: real numbers of the sites drawn before it.
+        """
+        raise NotImplementedError
+
+    def conditional(
+        self, block: Block, start: Start, numbers: Numbers, past: Sequence[Drawn]
+    ) -> dist.Distribution:
+        """The distribution of a site's real numbers given those before, of event shape (size,).
+
+        Args:
+            block: the site.
+            start: where its coordinates begin, and their unit.
+            numbers: by group of ``sizes``, (N, numbers).
+            past: the sites drawn before it.
+        """
+        raise NotImplementedError
+
+    def order(self, names: list[str]) -> list[str]:
+        """The order in which local sites are drawn, from the model's order."""
+        return names
+
+    # --- the program
+
     def __call__(self, **data: Any) -> None:
-        """Samples z given the data.
+        """Draws every latent site, the global ones first.
 
         Args:
             data: the model's arguments by name.
 
         Raises:
-            ValueError: the model has other latent sites than one real ``z`` for each datum.
+            ValueError: a latent site that no family can draw; an encoder's output of another shape.
         """
-        shape = _shape_of_z(self.model, data)
-        q = self.posterior(data, math.prod(shape))
-        if q.event_shape != shape:
-            q = _reshaped(q, shape)
-        with numpyro.plate("data", _length(data)):
-            numpyro.sample("z", q)
+        found = outline(self.model, data)
+        blocks = blocks_of(self.model, found, data)
+        shared = [block for block in blocks.values() if not block.site.is_local]
+        names = [name for name, block in blocks.items() if block.site.is_local]
+        local = [blocks[name] for name in self.order(names)]
+        inputs = self._inputs(data) if local else None
+        statistics = self._statistics(found, inputs, data)
+        plates = Plates(found)
+        if shared:
+            family = FullCovariance if self.globals == "full_covariance" else MeanField
+            of_globals = family(self.model)
+            sizes = _all_sizes(of_globals, shared)
+            of_globals.draw(shared, _global_numbers(sizes), statistics, plates, data)
+        if local:
+            sizes = _all_sizes(self, local)
+            numbers = self._encode(inputs, statistics, data, sizes)
+            self.draw(local, numbers, statistics, plates, data)
+        _check_names(found, self)
 
+    def draw(
+        self,
+        blocks: Sequence[Block],
+        numbers: Mapping[str, Numbers],
+        statistics: Mapping[str, Any],
+        plates: Plates,
+        data: Data,
+    ) -> None:
+        """Draws sites one after another.
 
-def _length(data: Data) -> int:
-    return len(next(iter(data.values())))
+        Args:
+            blocks: the sites, in this order.
+            numbers: by site.
+            statistics: where the coordinates of each begin.
+            plates: the plates around them.
+            data: the model's arguments by name.
+        """
+        past: list[Drawn] = []
+        for block in blocks:
+            start = Start(**statistics["latents"][block.name])
+            fn = self.conditional(block, start, numbers[block.name], past)
+            with plates.around(block.site):
+                value = numpyro.sample(block.name, block.distribution(fn))
+            if len(past) + 1 < len(blocks):
+                real = (block.real(value) - start.median) / start.spread
+                past.append(Drawn(block, numbers[block.name], real))
 
+    def per_datum(self, num_data: int) -> "Chain":
+        """The same family with a table of numbers for each datum in place of the encoder."""
+        return replace(self, encoder=PerDatum(num_data))
 
-def _reshaped(fn: dist.Distribution, shape: tuple[int, ...]) -> dist.Distribution:
-    """The same density over arrays of another event shape."""
-    if isinstance(fn, dist.Independent) and isinstance(fn.base_dist, dist.Normal):
-        loc, scale = (a.reshape(*fn.batch_shape, *shape) for a in (fn.mean, fn.base_dist.scale))
-        return dist.Normal(loc, scale).to_event(len(shape))
-    reshape = transforms.ReshapeTransform(shape, fn.event_shape)
-    return dist.TransformedDistribution(fn, reshape)
+    # --- where the numbers come from
 
+    def _inputs(self, data: Data) -> Inputs | None:
+        """What the automatic encoder sees. None where there is another encoder."""
+        if self.encoder is not None or isinstance(self.model, HasEncoder):
+            return None
+        inputs = Inputs(array_kinds(self.model, data))
+        inputs.check()
+        return inputs
 
-@dataclass(frozen=True)
-class Amortised(Guide):
-    """A guide with one encoder, the site ``encoder``, for the numbers of every datum's posterior.
-
-    Attributes:
-        encoder: a callable ``(num_outputs, *, rngs)``. It returns a Flax module from the data, by
-            keyword, to (N, num_outputs). None for the model's own.
-
-    Raises:
-        TypeError: no encoder is given, and the model has none.
-    """
-
-    encoder: MakeEncoder | None = None
-
-    def __post_init__(self):
-        if self.encoder is None and not isinstance(self.model, HasEncoder):
-            name = getattr(self.model, "__qualname__", type(self.model).__name__)
-            raise TypeError(
-                f"model: expected one with a method encoder(num_outputs, rngs=...), got {name} "
-                f"without it; add the method, or pass encoder=..., a callable of that form, to the "
-                f"guide"
-            )
-
-    def encode(self, data: Data, *sizes: int) -> list[Array]:
-        """The encoder's outputs, one array (N, size) for each of ``sizes``.
+    def _encode(
+        self,
+        inputs: Inputs | None,
+        statistics: Mapping[str, Any],
+        data: Data,
+        sizes: Mapping[str, dict[str, int]],
+    ) -> dict[str, Numbers]:
+        """The encoder's outputs by site and group.
 
         Raises:
             ValueError: the encoder's output has another shape.
         """
-        model: Any = self.model
-        make = model.encoder if self.encoder is None else self.encoder
-        outputs = network("encoder", lambda rngs: make(sum(sizes), rngs=rngs))(**data)
-        expected = (_length(data), sum(sizes))
+        counts = [size for groups in sizes.values() for size in groups.values()]
+        if inputs is not None:
+            vectors = inputs(data, statistics["data"])
+            count = vectors.shape[1], sum(counts)
+            outputs = network("encoder", lambda rngs: default_network(*count, rngs=rngs))(vectors)
+        else:
+            model: Any = self.model
+            make = model.encoder if self.encoder is None else self.encoder
+            outputs = network("encoder", lambda rngs: make(sum(counts), rngs=rngs))(**data)
+        expected = (len(next(iter(data.values()))), sum(counts))
         if outputs.shape != expected:
             raise ValueError(
                 f"encoder: expected outputs of shape {expected}, got {outputs.shape}; return "
                 f"num_outputs numbers for each datum"
             )
-        return jnp.split(outputs, np.cumsum(sizes[:-1]), axis=-1)
+        parts = iter(jnp.split(outputs, np.cumsum(counts[:-1]), axis=-1))
+        return {name: {group: next(parts) for group in groups} for name, groups in sizes.items()}
+
+    def _statistics(self, found: Outline, inputs: Inputs | None, data: Data) -> Mapping[str, Any]:
+        """What is measured once: of the inputs, and of prior draws of the latent sites."""
+
+        def measure(key: Array) -> dict[str, Any]:
+            some = few(found, data)
+            blocks = blocks_of(self.model, found, some)
+            draws = prior_draws(self.model, blocks, some, key)
+            latents = {name: start_of(block, draws[name]) for name, block in blocks.items()}
+            of_data = {} if inputs is None else {"data": inputs.statistics(data)}
+            return {"latents": latents} | of_data
+
+        return fixed_param("statistics", measure)
+
+
+def _all_sizes(family: Chain, blocks: Sequence[Block]) -> dict[str, dict[str, int]]:
+    """How many numbers each site takes, by group."""
+    sizes, before = {}, 0
+    for block in blocks:
+        sizes[block.name] = family.sizes(block, before)
+        before += block.total
+    return sizes
+
+
+def _global_numbers(sizes: Mapping[str, dict[str, int]]) -> dict[str, Numbers]:
+    """Parameters for the global sites, one number for all data: (1, numbers) each."""
+
+    def start(key: Array) -> dict[str, Numbers]:
+        keys = random.split(key, len(sizes))
+        return {
+            name: {
+                group: 0.1 * random.normal(random.fold_in(key, i), (size,), jnp.float32)
+                for i, (group, size) in enumerate(groups.items())
+            }
+            for key, (name, groups) in zip(keys, sizes.items(), strict=True)
+        }
+
+    return jax.tree.map(lambda x: x[None], numpyro.param("globals", start))
+
+
+def _check_names(found: Outline, guide: Guide) -> None:
+    """The model has no site of a name that the guide has for its own."""
+    for name in ("encoder", "globals", "statistics"):
+        if name in found.names:
+            raise ValueError(
+                f"model site {name!r}: expected another name, since {type(guide).__name__} keeps "
+                f"its own numbers in a site {name!r}; rename it in the model"
+            )
 
 
 # --- Gaussian families ----------------------------------------------------------------------------
 
 
+def _loc_scale(block: Block, start: Start, numbers: Numbers) -> tuple[Array, Array]:
+    """Location and scale of every entry, (N, *plates, size), in the coordinates of ``start``."""
+    loc, raw = (block.entries(numbers[group]) for group in ("loc", "raw"))
+    return start.median + start.spread * loc, start.spread * positive(raw)
+
+
+def _residuals(past: Sequence[Drawn]) -> Array:
+    """Of the sites before: (u - loc) / scale, (N, numbers)."""
+    parts = []
+    for block, numbers, real in past:
+        loc, raw = (block.entries(numbers[group]) for group in ("loc", "raw"))
+        parts.append(((real - loc) / positive(raw)).reshape(len(real), -1))
+    return jnp.concatenate(parts, axis=1)
+
+
 @dataclass(frozen=True)
-class MeanField(Amortised):
-    """The family q(z | x, c) = prod_i Normal(z_i; loc_i(x, c), scale_i(x, c)^2)."""
+class MeanField(Chain):
+    """The family q(u | x, c) = prod_i Normal(u_i; loc_i(x, c), scale_i(x, c)^2)."""
 
-    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
+    def sizes(self, block: Block, before: int) -> dict[str, int]:
+        """A location and a scale for each number."""
+        return {"loc": block.total, "raw": block.total}
+
+    def conditional(
+        self, block: Block, start: Start, numbers: Numbers, past: Sequence[Drawn]
+    ) -> dist.Distribution:
         """Independent Normals."""
-        z_loc, raw = self.encode(data, num_latents, num_latents)
-        return dist.Normal(z_loc, positive(raw)).to_event(1)
+        loc, scale = map(block.placed, _loc_scale(block, start, numbers))
+        return dist.Normal(loc, scale).to_event(1)
 
 
-def mean_field(model: Callable[..., Any], encoder: MakeEncoder | None = None) -> MeanField:
-    """Independent Normals: q(z | x, c) = prod_i Normal(z_i; loc_i(x, c), scale_i(x, c)^2).
+def mean_field(
+    model: Callable[..., Any], encoder: MakeEncoder | None = None, globals: str = "mean_field"
+) -> MeanField:
+    """Independent Normals: q(u | x, c) = prod_i Normal(u_i; loc_i(x, c), scale_i(x, c)^2).
 
     Kingma & Welling 2014, equation 9.
 
     Args:
-        model: a program with one real latent site ``z`` for each datum.
+        model: any program.
         encoder: a callable ``(num_outputs, *, rngs)``. It returns a Flax module from the data, by
-            keyword, to (N, num_outputs). Default: the model's own.
+            keyword, to (N, num_outputs). Default: the model's own, or else an MLP on all arrays.
+        globals: "mean_field" or "full_covariance", the family of the global sites.
 
     Raises:
-        TypeError: no encoder is given, and the model has none.
+        ValueError: no such family of the global sites.
     """
-    return MeanField(model, encoder)
-
-
-class CholeskyNormal(dist.TransformedDistribution):
-    """The distribution Normal(loc, L L^T) as loc + L e with e ~ Normal(0, I).
-
-    It remembers the e of a draw, and NumPyro's ``MultivariateNormal`` does not. L comes from a
-    network in float32. To solve for e can lose every digit, and then the ELBO is any number.
-
-    Args:
-        loc: (..., K).
-        scale_tril: L, (..., K, K), lower triangular.
-    """
-
-    def __init__(self, loc: Array, scale_tril: Array):
-        noise = dist.Normal(jnp.zeros_like(loc), 1.0).to_event(1)
-        super().__init__(noise, transforms.LowerCholeskyAffine(loc, scale_tril))
-
-    @property
-    def mean(self) -> Array:
-        """The location, (..., K)."""
-        return self.transforms[0].loc
-
-    @property
-    def covariance_matrix(self) -> Array:
-        """L L^T, (..., K, K)."""
-        scale_tril = self.transforms[0].scale_tril
-        return scale_tril @ jnp.swapaxes(scale_tril, -1, -2)
+    return MeanField(model, encoder, globals)
 
 
 @dataclass(frozen=True)
-class FullCovariance(Amortised):
-    """The family q(z | x, c) = Normal(z; loc, L L^T). loc and L are functions of (x, c)."""
+class Structured(MeanField):
+    """The family q(u1 | x, c) q(u2 | u1, x, c) ..., each conditional a mean field.
 
-    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
+    Attributes:
+        direction: "model" draws sites in the model's order, "reversed" from the last one back.
+        num_hidden: units of each conditional's network, and numbers of context from the encoder.
+
+    Raises:
+        ValueError: no such order; a number that is not positive.
+    """
+
+    direction: str = "model"
+    num_hidden: int = 32
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.direction not in ("model", "reversed"):
+            raise ValueError(f"order: expected model or reversed, got {self.direction!r}")
+        _check_positive(self, "num_hidden")
+
+    def order(self, names: list[str]) -> list[str]:
+        """The order in which local sites are drawn."""
+        return names if self.direction == "model" else names[::-1]
+
+    def sizes(self, block: Block, before: int) -> dict[str, int]:
+        """The mean field's numbers, and a context where there are sites before."""
+        return super().sizes(block, before) | {"context": self.num_hidden if before else 0}
+
+    def conditional(
+        self, block: Block, start: Start, numbers: Numbers, past: Sequence[Drawn]
+    ) -> dist.Distribution:
+        """Independent Normals. A network adds what the sites before change."""
+        if past:
+            before = jnp.concatenate([d.real.reshape(len(d.real), -1) for d in past], axis=1)
+            inputs = jnp.concatenate([numbers["context"], before.astype(jnp.float32)], axis=1)
+
+            def build(rngs: nnx.Rngs) -> MLP:
+                return still(inputs.shape[-1], self.num_hidden, 2 * block.total, rngs=rngs)
+
+            loc, raw = jnp.split(network(f"{block.name}_given", build)(inputs), 2, axis=-1)
+            numbers = {"loc": numbers["loc"] + loc, "raw": numbers["raw"] + raw}
+        return super().conditional(block, start, numbers, ())
+
+
+def structured(
+    model: Callable[..., Any],
+    encoder: MakeEncoder | None = None,
+    globals: str = "mean_field",
+    order: str = "model",
+    num_hidden: int = 32,
+) -> Structured:
+    """One local site after another: q(u1 | x, c) q(u2 | u1, x, c) ..., each a mean field.
+
+    With ``order="reversed"`` the last site of the model is drawn first (Sonderby et al. 2016, the
+    bottom-up guide of equation 4).
+
+    Args:
+        model, encoder, globals: as in ``mean_field``.
+        order: "model" or "reversed".
+        num_hidden: units of each conditional's network, and numbers of context from the encoder.
+
+    Raises:
+        ValueError: no such order or family of the global sites; a number that is not positive.
+    """
+    return Structured(model, encoder, globals, order, num_hidden)
+
+
+@dataclass(frozen=True)
+class FullCovariance(Chain):
+    """The family q(u | x, c) = Normal(u; loc, L L^T). loc and L are functions of (x, c).
+
+    It is drawn site by site: u_i = loc_i + scale_i (C_i r + (I + B_i) e_i). r are the residuals
+    (u - loc) / scale of the sites before, and e_i is new noise.
+    """
+
+    def sizes(self, block: Block, before: int) -> dict[str, int]:
+        """For loc, for L's diagonal, for the rest of L within the site, and for C."""
+        within = math.prod(block.plates) * block.size * (block.size - 1) // 2
+        return {
+            "loc": block.total,
+            "raw": block.total,
+            "below": within,
+            "across": block.total * before,
+        }
+
+    def conditional(
+        self, block: Block, start: Start, numbers: Numbers, past: Sequence[Drawn]
+    ) -> dist.Distribution:
         """A multivariate Normal by its Cholesky factor."""
-        return self.gaussian(*self.encode(data, *self.sizes(num_latents)))
+        loc, scale = _loc_scale(block, start, numbers)
+        if past:
+            loc += scale * self.shift(block, numbers, past)
+        below = block.entries(numbers["below"])
+        return _cholesky_normal(*map(block.placed, (loc, scale, below)))
 
-    def sizes(self, num_latents: int) -> tuple[int, int, int]:
-        """How many numbers ``gaussian`` takes: for loc, for L's diagonal and for the rest of L."""
-        return num_latents, num_latents, num_latents * (num_latents - 1) // 2
+    def shift(self, block: Block, numbers: Numbers, past: Sequence[Drawn]) -> Array:
+        """What the sites before add to the location, in scales: (N, *plates, size)."""
+        residuals = _residuals(past)
+        across = numbers["across"].reshape(len(residuals), block.total, -1)
+        total = jnp.einsum("nij,nj->ni", across, residuals) / across.shape[-1] ** 0.5
+        return block.entries(total)
 
-    def gaussian(self, z_loc: Array, raw: Array, below: Array) -> dist.Distribution:
-        """Normal(z_loc, L L^T) with L = diag(scale) (I + B), B strictly lower triangular.
 
-        Args:
-            z_loc: (N, num_latents).
-            raw: the scales before ``positive``, (N, num_latents).
-            below: the entries of B, row by row.
-        """
-        size = z_loc.shape[-1]
-        rows, columns = jnp.tril_indices(size, -1)
-        unit = jnp.broadcast_to(jnp.eye(size, dtype=z_loc.dtype), (*z_loc.shape, size))
-        unit = unit.at[..., rows, columns].set(below / size**0.5)
-        return CholeskyNormal(z_loc, positive(raw)[..., None] * unit)
+def _cholesky_normal(loc: Array, scale: Array, below: Array) -> CholeskyNormal:
+    """Normal(loc, L L^T) with L = diag(scale) (I + B), B strictly lower triangular.
+
+    Args:
+        loc, scale: (..., size).
+        below: the entries of B, row by row.
+    """
+    size = loc.shape[-1]
+    rows, columns = jnp.tril_indices(size, -1)
+    unit = jnp.broadcast_to(jnp.eye(size, dtype=scale.dtype), (*scale.shape, size))
+    unit = unit.at[..., rows, columns].set((below / size**0.5).astype(scale.dtype))
+    return CholeskyNormal(loc, scale[..., None] * unit)
 
 
 def full_covariance(
-    model: Callable[..., Any], encoder: MakeEncoder | None = None
+    model: Callable[..., Any], encoder: MakeEncoder | None = None, globals: str = "mean_field"
 ) -> FullCovariance:
-    """One Normal of any covariance: q(z | x, c) = Normal(z; loc(x, c), L(x, c) L(x, c)^T).
+    """One Normal of any covariance: q(u | x, c) = Normal(u; loc(x, c), L(x, c) L(x, c)^T).
 
     Kingma & Welling 2019, section 2.5.1.
 
     Args:
-        model, encoder: as in ``mean_field``.
+        model, encoder, globals: as in ``mean_field``.
 
     Raises:
-        TypeError: no encoder is given, and the model has none.
+        ValueError: no such family of the global sites.
     """
-    return FullCovariance(model, encoder)
+    return FullCovariance(model, encoder, globals)
 
 
 def _check_positive(guide: Any, *names: str) -> None:
@@ -294,11 +493,14 @@ def _check_positive(guide: Any, *names: str) -> None:
 
 
 @dataclass(frozen=True)
-class LowRank(Amortised):
-    """The family q(z | x, c) = Normal(z; loc, F F^T + diag(scale^2)).
+class LowRank(Chain):
+    """The family q(u | x, c) = Normal(u; loc, F F^T + diag(scale^2)).
+
+    It is drawn site by site. Those before tell of the factors f ~ Normal(0, I), in
+    u = loc + F f + scale e, by the usual formulas of a Gaussian.
 
     Attributes:
-        rank: the columns of F. With fewer dimensions of z, F has one column for each.
+        rank: the columns of F.
     """
 
     rank: int = 2
@@ -307,106 +509,71 @@ class LowRank(Amortised):
         super().__post_init__()
         _check_positive(self, "rank")
 
-    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
+    def sizes(self, block: Block, before: int) -> dict[str, int]:
+        """For loc, for scale and for the rows of F."""
+        return {"loc": block.total, "raw": block.total, "factor": block.total * self.rank}
+
+    def conditional(
+        self, block: Block, start: Start, numbers: Numbers, past: Sequence[Drawn]
+    ) -> dist.Distribution:
         """A multivariate Normal by its factor and its diagonal."""
-        rank = min(self.rank, num_latents)
-        z_loc, raw, factor = self.encode(data, num_latents, num_latents, num_latents * rank)
-        scale = positive(raw)
-        factor = scale[..., None] * factor.reshape(-1, num_latents, rank) / num_latents**0.5
-        return dist.LowRankMultivariateNormal(z_loc, factor, scale**2)
+        loc, scale = _loc_scale(block, start, numbers)
+        factor = self.factor(block, numbers)
+        if past:
+            mean, root = self.posterior(past)
+            loc += scale * block.entries(jnp.einsum("nir,nr->ni", factor, mean))
+            factor = factor @ root
+        factor = scale[..., None] * factor.reshape(*scale.shape, -1)
+        loc, factor, scale = map(block.placed, (loc, factor, scale))
+        return dist.LowRankMultivariateNormal(loc, factor, scale**2)
+
+    def factor(self, block: Block, numbers: Numbers) -> Array:
+        """The rows of F in units of the scales, (N, total, rank)."""
+        rows = numbers["factor"].reshape(-1, block.total, self.rank)
+        return rows / block.total**0.5
+
+    def posterior(self, past: Sequence[Drawn]) -> tuple[Array, Array]:
+        """Mean (N, rank) and a root of the covariance (N, rank, rank) of the factors."""
+        factor = jnp.concatenate([self.factor(d.block, d.numbers) for d in past], axis=1)
+        precision = jnp.eye(factor.shape[-1]) + jnp.swapaxes(factor, 1, 2) @ factor
+        lower = jnp.linalg.cholesky(precision)
+        seen = jnp.einsum("nir,ni->nr", factor, _residuals(past))[..., None]
+        mean = jax.scipy.linalg.cho_solve((lower, True), seen)[..., 0]
+        root = jax.scipy.linalg.solve_triangular(
+            jnp.swapaxes(lower, 1, 2), jnp.broadcast_to(jnp.eye(factor.shape[-1]), lower.shape)
+        )
+        return mean, root
 
 
 def low_rank(
-    model: Callable[..., Any], encoder: MakeEncoder | None = None, rank: int = 2
+    model: Callable[..., Any],
+    encoder: MakeEncoder | None = None,
+    globals: str = "mean_field",
+    rank: int = 2,
 ) -> LowRank:
-    """A few common factors: q(z | x, c) = Normal(z; loc, F F^T + diag(scale^2)), all of (x, c).
+    """A few common factors: q(u | x, c) = Normal(u; loc, F F^T + diag(scale^2)), all of (x, c).
 
     Rezende, Mohamed & Wierstra 2014, section 4.3, use this form for the precision. Here it is the
     covariance.
 
     Args:
-        model, encoder: as in ``mean_field``.
-        rank: the columns of F. With fewer dimensions of z, F has one column for each.
+        model, encoder, globals: as in ``mean_field``.
+        rank: the columns of F.
 
     Raises:
-        TypeError: no encoder is given, and the model has none.
-        ValueError: ``rank`` is not positive.
+        ValueError: ``rank`` is not positive; no such family of the global sites.
     """
-    return LowRank(model, encoder, rank)
+    return LowRank(model, encoder, globals, rank)
 
 
 # --- flow -----------------------------------------------------------------------------------------
 
 
-class Couplings(nnx.Module):
-    """The networks of a coupling flow. Each maps half of z, and the context, to the other half.
-
-    The last layers start at zero, so the flow starts as the identity.
-
-    Args:
-        num_latents: the dimensions of z.
-        num_context: numbers of context for one datum.
-        hidden: units of each network's one hidden layer.
-        num_layers: how many networks there are.
-    """
-
-    def __init__(self, num_latents: int, num_context: int, hidden: int, num_layers: int, *, rngs):
-        sizes = (num_latents + num_context, hidden, 2 * num_latents)
-        self.layers = nnx.List(
-            MLP(sizes, jnp.tanh, "float32", rngs=rngs) for _ in range(num_layers)
-        )
-        for mlp in self.layers:
-            last = mlp.layers[-1]
-            last.kernel[...] = jnp.zeros_like(last.kernel[...])
-
-
-class Coupling(transforms.Transform):
-    """A map that keeps some dimensions of x and moves the others: y = x exp(s) + t.
-
-    s and t are functions of the kept dimensions and the context. The scale exp(s) stays between
-    e^-2 and e^2. Dinh, Sohl-Dickstein & Bengio 2017, equation 4.
-
-    Args:
-        mlp: the network for s and t.
-        context: numbers for each datum, (N, num_context).
-        kept: for each dimension, whether it stays.
-    """
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-
-    def __init__(self, mlp: MLP, context: Array, kept: tuple[bool, ...]):
-        self.mlp, self.context, self.kept = mlp, context, kept
-
-    def _maps(self, x: Array) -> tuple[Array, Array]:
-        """s and t. They are zero in the kept dimensions."""
-        kept = jnp.array(self.kept)
-        context = jnp.broadcast_to(self.context, (*x.shape[:-1], self.context.shape[-1]))
-        outputs = self.mlp(jnp.concatenate([jnp.where(kept, x, 0.0), context], axis=-1))
-        s, t = jnp.split(outputs, 2, axis=-1)
-        return jnp.where(kept, 0.0, 2 * jnp.tanh(s / 2)), jnp.where(kept, 0.0, t)
-
-    def __call__(self, x: Array) -> Array:
-        """y from x, (..., dimensions)."""
-        s, t = self._maps(x)
-        return x * jnp.exp(s) + t
-
-    def _inverse(self, y: Array) -> Array:
-        s, t = self._maps(y)
-        return (y - t) * jnp.exp(-s)
-
-    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
-        """The sum of s over dimensions."""
-        return self._maps(x)[0].sum(-1)
-
-    def tree_flatten(self) -> Any:
-        """The arrays, and the rest."""
-        return (self.mlp, self.context), (("mlp", "context"), {"kept": self.kept})
-
-
 @dataclass(frozen=True)
 class Flow(FullCovariance):
-    """The family z = T(u; x, c) with u | x, c ~ Normal(loc, L L^T) and T a stack of ``Coupling``.
+    """The family u = T(v; x, c) with v of the full covariance and T a stack of ``Coupling``.
+
+    In a chain the maps of a site depend on the sites before it too.
 
     Attributes:
         num_layers: maps in T. They keep the even and the odd dimensions in turn.
@@ -420,25 +587,39 @@ class Flow(FullCovariance):
         super().__post_init__()
         _check_positive(self, "num_layers", "num_hidden")
 
-    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
+    def sizes(self, block: Block, before: int) -> dict[str, int]:
+        """The full covariance's numbers, and a context."""
+        return super().sizes(block, before) | {"context": self.num_hidden}
+
+    def conditional(
+        self, block: Block, start: Start, numbers: Numbers, past: Sequence[Drawn]
+    ) -> dist.Distribution:
         """The full covariance, transformed."""
-        *gaussian, context = self.encode(data, *self.sizes(num_latents), self.num_hidden)
+        unit = Start(jnp.zeros_like(start.median), jnp.ones_like(start.spread))
+        base = super().conditional(block, unit, numbers, past)
+        before = [d.real.reshape(len(d.real), -1).astype(jnp.float32) for d in past]
+        context = jnp.concatenate([numbers["context"], *before], axis=1)
+        spread = context.reshape(len(context), *[1] * len(block.plates), -1)
+        spread = jnp.broadcast_to(spread, (len(context), *block.plates, spread.shape[-1]))
+        placed = block.placed(spread)
 
         def build(rngs: nnx.Rngs) -> Couplings:
-            sizes = num_latents, self.num_hidden, self.num_hidden, self.num_layers
+            sizes = block.size, context.shape[-1], self.num_hidden, self.num_layers
             return Couplings(*sizes, rngs=rngs)
 
-        layers = network("flow", build).layers
-        maps = [
-            Coupling(mlp, context, tuple(dim % 2 == i % 2 for dim in range(num_latents)))
-            for i, mlp in enumerate(layers, start=1)
+        maps: list[Any] = [
+            Coupling(mlp, placed, tuple(dim % 2 == i % 2 for dim in range(block.size)))
+            for i, mlp in enumerate(network(f"{block.name}_flow", build).layers, start=1)
         ]
-        return dist.TransformedDistribution(self.gaussian(*gaussian), maps)
+        median, scale = block.placed(start.median[None]), block.placed(start.spread[None])
+        maps.append(transforms.IndependentTransform(transforms.AffineTransform(median, scale), 1))
+        return dist.TransformedDistribution(base, maps)
 
 
 def flow(
     model: Callable[..., Any],
     encoder: MakeEncoder | None = None,
+    globals: str = "mean_field",
     num_layers: int = 4,
     num_hidden: int = 32,
 ) -> Flow:
@@ -448,22 +629,17 @@ def flow(
     pass samples, and one pass gives the density of any z. The maps depend on (x, c).
 
     Args:
-        model, encoder: as in ``mean_field``.
+        model, encoder, globals: as in ``mean_field``.
         num_layers: how many couplings there are.
         num_hidden: units of each coupling's hidden layer, and numbers of context from the encoder.
 
     Raises:
-        TypeError: no encoder is given, and the model has none.
-        ValueError: a number is not positive.
+        ValueError: a number is not positive; no such family of the global sites.
     """
-    return Flow(model, encoder, num_layers, num_hidden)
+    return Flow(model, encoder, globals, num_layers, num_hidden)
 
 
-# --- guides without an encoder --------------------------------------------------------------------
-
-
-def _is_observed(site: Any) -> bool:
-    return site["type"] == "sample" and site["is_observed"]
+# --- the prior ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -472,7 +648,11 @@ class Prior(Guide):
 
     def __call__(self, **data: Any) -> None:
         """Runs the model without its observations. The parameters of p(z | c) are the model's."""
-        handlers.block(self.model, hide_fn=_is_observed)(**data)
+        handlers.block(self.model, hide_fn=is_observed)(**data)
+
+    def per_datum(self, num_data: int) -> "Prior":
+        """The prior itself: it has no encoder."""
+        return self
 
 
 def prior(model: Callable[..., Any]) -> Prior:
@@ -485,49 +665,6 @@ def prior(model: Callable[..., Any]) -> Prior:
         model: any program with latent sites of any kind, or with none.
     """
     return Prior(model)
-
-
-@dataclass(frozen=True)
-class PerDatum(Guide):
-    """The family q(z | x, c) = prod_i Normal(z_i; loc_ni, scale_ni^2) for datum n.
-
-    The numbers are the sites ``z_loc`` and ``z_scale``, each (num_data, num_latents).
-
-    Attributes:
-        num_data: N. Every batch holds all data, in the same order.
-    """
-
-    num_data: int
-
-    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
-        """Independent Normals, with parameters for each datum."""
-        if _length(data) != self.num_data:
-            raise ValueError(
-                f"data: expected all {self.num_data} data that the guide has numbers for, got "
-                f"{_length(data)}; train with batch_size={self.num_data}, and for other data fit "
-                f"another per-datum guide to the held model"
-            )
-        shape = (self.num_data, num_latents)
-        z_loc = numpyro.param("z_loc", lambda key: 0.1 * random.normal(key, shape, jnp.float32))
-        z_scale = numpyro.param(
-            "z_scale",
-            jnp.full(shape, 0.5, jnp.float32),
-            constraint=constraints.softplus_positive,
-        )
-        return dist.Normal(z_loc, z_scale + SCALE_FLOOR).to_event(1)
-
-
-def per_datum(model: Callable[..., Any], num_data: int) -> PerDatum:
-    """Numbers for each datum, for small data: q(z | x, c) = prod_i Normal(z_i; loc_ni, scale_ni^2).
-
-    There is no encoder. Beside ``mean_field`` it shows the loss by amortisation (Cremer, Li &
-    Duvenaud 2018, equation 5).
-
-    Args:
-        model: a program with one real latent site ``z`` for each datum.
-        num_data: N. Every batch holds all of them.
-    """
-    return PerDatum(model, num_data)
 
 
 # --- semi-amortised -------------------------------------------------------------------------------
@@ -557,27 +694,57 @@ class SemiAmortised(MeanField):
         if not 0 < self.step_size <= 1:
             raise ValueError(f"step_size: expected above 0 and at most 1, got {self.step_size}")
 
-    def posterior(self, data: Data, num_latents: int) -> dist.Distribution:
-        """Independent Normals, refined. The gradient passes straight to the encoder."""
-        z_loc, raw = self.encode(data, num_latents, num_latents)
-        start = z_loc, jnp.log(positive(raw))
-        end = self.refine(lax.stop_gradient(start), self.log_joint(data))
-        z_loc, log_scale = (s + lax.stop_gradient(e - s) for s, e in zip(start, end, strict=True))
-        return dist.Normal(z_loc, jnp.exp(log_scale)).to_event(1)
+    def __call__(self, **data: Any) -> None:
+        """Draws the one latent site.
 
-    def log_joint(self, data: Data) -> Callable[[Array], Array]:
-        """The function from z, (N, num_latents), to log p(x, z | c) in nats, summed over the data.
+        Raises:
+            ValueError: the model has other latent sites than one real site for each datum.
+        """
+        found = outline(self.model, data)
+        [*sites] = found.latents.items()
+        _, site = sites[0] if len(sites) == 1 else ("", None)
+        if site is None or not site.is_local or len(site.batch) > 1 or not is_real(site.support):
+            got = ", ".join(
+                f"{name} ({site.support}, {'local' if site.is_local else 'global'})"
+                for name, site in sites
+            )
+            raise ValueError(
+                f"model: expected one latent site of real numbers for each datum, got "
+                f"{got or 'none'}; take another family, such as mean_field"
+            )
+        super().__call__(**data)
+
+    def draw(
+        self,
+        blocks: Sequence[Block],
+        numbers: Mapping[str, Numbers],
+        statistics: Mapping[str, Any],
+        plates: Plates,
+        data: Data,
+    ) -> None:
+        """Draws the site from independent Normals, refined. Its gradient goes to the encoder."""
+        [block] = blocks
+        start = Start(**statistics["latents"][block.name])
+        loc, scale = _loc_scale(block, start, numbers[block.name])
+        begin = loc, jnp.log(scale)
+        end = self.refine(lax.stop_gradient(begin), self.log_joint(block, data))
+        loc, log_scale = (s + lax.stop_gradient(e - s) for s, e in zip(begin, end, strict=True))
+        with plates.around(block.site):
+            fn = dist.Normal(loc, jnp.exp(log_scale)).to_event(1)
+            numpyro.sample(block.name, block.distribution(fn))
+
+    def log_joint(self, block: Block, data: Data) -> Callable[[Array], Array]:
+        """The function from z, (N, size), to log p(x, z | c) in nats, summed over the data.
 
         The model keeps its current parameters. No gradient reaches them.
         """
-        shape = _shape_of_z(self.model, data)
         only_params = handlers.block(self.model, hide_fn=lambda site: site["type"] != "param")
         sites = handlers.trace(only_params).get_trace(**data)
         params = {name: lax.stop_gradient(site["value"]) for name, site in sites.items()}
         data = lax.stop_gradient(dict(data))
 
         def log_joint(z: Array) -> Array:
-            latents = {"z": z.reshape(len(z), *shape)}
+            latents = {block.name: z.reshape(len(z), *block.site.shape)}
             with handlers.block():
                 return log_density(self.model, (), data, params | latents)[0]
 
@@ -629,25 +796,25 @@ def semi_amortised(
     2018: the steps count as given, and the encoder gets the gradient at their end.
 
     Args:
-        model, encoder: as in ``mean_field``. The guide runs the model inside.
+        model: a program with one latent site of real numbers for each datum. The guide runs it.
+        encoder: as in ``mean_field``.
         num_steps, step_size, num_pairs: as in ``SemiAmortised``.
 
     Raises:
-        TypeError: no encoder is given, and the model has none.
         ValueError: a number is not positive, or the step size is above 1.
     """
-    return SemiAmortised(model, encoder, num_steps, step_size, num_pairs)
+    return SemiAmortised(model, encoder, "mean_field", num_steps, step_size, num_pairs)
 
 
 # --- by name --------------------------------------------------------------------------------------
 
 GUIDES: dict[str, Callable[..., Guide]] = {
     "mean-field": mean_field,
-    "full-covariance": full_covariance,
+    "structured": structured,
     "low-rank": low_rank,
+    "full-covariance": full_covariance,
     "flow": flow,
     "prior": prior,
-    "per-datum": per_datum,
     "semi-amortised": semi_amortised,
 }
 
@@ -657,8 +824,8 @@ def make(name: str, model: Callable[..., Any], **settings: Any) -> Guide:
 
     Args:
         name: one of ``GUIDES``.
-        model: a program with one real latent site ``z`` for each datum.
-        settings: settings of any family, for example ``encoder`` and ``num_data``.
+        model: any program.
+        settings: settings of any family, for example ``encoder`` and ``rank``.
 
     Raises:
         ValueError: no such family, or no family has such a setting.

@@ -133,6 +133,19 @@ class MLP(nnx.Module):
         return self.layers[-1](x).astype(jnp.float32)
 
 
+def still(num_inputs: int, num_hidden: int, num_outputs: int, *, rngs: nnx.Rngs) -> MLP:
+    """A network of one hidden layer whose output starts at zero.
+
+    Args:
+        num_inputs, num_hidden, num_outputs: its sizes.
+        rngs: Flax's random numbers.
+    """
+    mlp = MLP((num_inputs, num_hidden, num_outputs), jnp.tanh, "float32", rngs=rngs)
+    last = mlp.layers[-1]
+    last.kernel[...] = jnp.zeros_like(last.kernel[...])
+    return mlp
+
+
 class GaussianMLP(nnx.Module):
     """An MLP that returns the location and the scale of a Gaussian.
 

@@ -132,18 +132,19 @@ def test_a_published_number_stands_beside_the_same_model_alone(run_of, digits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guide", ["flow", "per-datum"])  # tests/models has every family
-def test_a_guide_by_its_name(guide, tmp_path):
+@pytest.mark.parametrize(  # tests/models has every family
+    ("guide", "encoder"), [("flow", "network"), ("mean-field", "per-datum")]
+)
+def test_a_guide_by_its_name(guide, encoder, tmp_path):
     settings = {"dataset": "digits", "hidden": (8,), "num_latents": 3, "num_epochs": 1}
     settings |= {"num_train": 100, "num_test": 20, "num_samples": 30, "num_label_samples": 2}
-    config = mnist_cvae.Config(
-        **settings, guide=guide, num_seeds=2, out=tmp_path / "run", progress=False
-    )
+    settings |= {"guide": guide, "encoder": encoder, "out": tmp_path / "run", "progress": False}
+    config = mnist_cvae.Config(**settings, num_seeds=2)
     result = mnist_cvae.main(config)
     assert np.isfinite(result["log_likelihood"]["per_seed"]).all()
     assert np.ptp(result["log_likelihood"]["per_seed"]) > 0
     assert (result["kl_per_dim"] is None) == (guide == "flow")
-    assert ("labels" in result) == (guide != "per-datum")
+    assert ("labels" in result) == (encoder != "per-datum")
     assert {path.stem for path in (tmp_path / "run").glob("*.png")} == FIGURES
     assert runs.load(tmp_path / "run").fit.num_seeds == 2
 
@@ -166,12 +167,12 @@ def test_settings_change_an_objective(digits):
 
 
 def test_what_a_per_datum_guide_trains_on():
-    config = mnist_vae.Config(dataset="digits", guide="per-datum", num_train=70)
+    config = mnist_vae.Config(dataset="digits", encoder="per-datum", num_train=70)
     data = config.data()
     assert data.validation is None
     assert images.training(config, data, "fit", {})["batch_size"] == 70
     _, guide = images.programs(config, data.record, "fit", {})
-    assert guide.num_data == 70
+    assert guide.encoder.num_data == 70
 
 
 def test_the_encoders_hidden_layers(digits):
@@ -244,7 +245,11 @@ def test_what_the_model_cannot_take_is_refused_before_anything_is_written(shared
         ({"activation": "cos"}, "activation: expected one of relu"),
         ({"objective": "Trace"}, "objective: expected one of Trace_ELBO"),
         ({"guide": "mean"}, "guide: expected one of mean-field, .* got 'mean'"),
-        ({"guide": "per-datum", "batch_size": 5}, "batch_size: expected none with the guide per-d"),
+        ({"encoder": "mlp"}, "encoder: expected one of network, per-datum, got 'mlp'"),
+        (
+            {"encoder": "per-datum", "batch_size": 5},
+            "batch_size: expected none with the encoder per-datum",
+        ),
         ({"schedule": "step"}, "schedule: expected one of constant, cosine, burda"),
         ({"num_epochs": 0}, "num_epochs: expected at least 1, got 0"),
         ({"num_samples": 0}, "num_samples: expected at least 1, got 0"),
