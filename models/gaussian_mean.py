@@ -74,7 +74,7 @@ class Truth:
         if not math.isfinite(self.mu_0):
             raise ValueError(f"mu_0: expected a finite number, got {self.mu_0}")
         for name in ("sigma_0", "sigma"):
-            _require_deviation(name, getattr(self, name))
+            require_deviation(name, getattr(self, name))
 
     @property
     def marginal_variance(self) -> float:
@@ -103,7 +103,8 @@ class Truth:
         return {"c": c.astype(np.float32), "x": x.astype(np.float32)}
 
 
-def _require_deviation(name: str, value: float) -> None:
+def require_deviation(name: str, value: float) -> None:
+    """Refuses a standard deviation that is not positive and finite, with ValueError."""
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: expected a positive, finite standard deviation, got {value}")
 
@@ -131,7 +132,7 @@ class Model:
     x_loc: float = 0.0
 
     def __post_init__(self):
-        _require_deviation("sigma_0", self.sigma_0)
+        require_deviation("sigma_0", self.sigma_0)
 
     def check_data(self, c: Any = None, x: Any = None) -> None:
         """Refuses arrays that are not one number per datum.
@@ -188,7 +189,7 @@ class Guide:
     sigma_0: float = 1.0
 
     def __post_init__(self):
-        _require_deviation("sigma_0", self.sigma_0)
+        require_deviation("sigma_0", self.sigma_0)
 
     def __call__(
         self, c: Float[Array | np.ndarray, " N"], x: Float[Array | np.ndarray, " N"]
