@@ -1,21 +1,27 @@
-"""p(x | z) for images: frozen dataclasses, any of which a model takes.
+"""p(x | z) for images and tables: frozen dataclasses, any of which a model takes.
 
 An image data set holds grey levels: uint8, or floats in [0, 1]. Each likelihood makes its own x
 from them by ``prepare(key, images)``, anew at every step of a training. ``check(x)`` refuses arrays
 that are no grey images. ``low`` and ``high`` are the ends of the interval of x. ``bits_per_dim``
 turns a log-likelihood into bits per dimension.
 
-| object                  | x                     | per pixel, from the decoder                  |
+A table holds a vector of numbers for each datum, (N, D). ``prepare`` leaves the numbers as they
+are. So every log-likelihood is on the user's scale.
+
+| object                  | x                     | per pixel or column, from the decoder        |
 |-------------------------|-----------------------|----------------------------------------------|
 | ``Bernoulli``           | 0 or 1, binarised     | a logit                                      |
 | ``Gaussian``            | [low, 1], dequantised | mean and standard deviation                  |
 | ``GaussianOneScale``    | [low, 1], dequantised | mean; all pixels share a learned deviation   |
 | ``GaussianIdentity``    | [low, 1], dequantised | mean; the deviation is 1                     |
 | ``DiscretizedLogistic`` | 0, 1, ..., 255        | mean and scale                               |
+| ``Normal``              | any real number       | mean; each column has a learned deviation    |
+| ``NegativeBinomial``    | 0, 1, 2, ...          | mean; each column has a learned dispersion   |
 
 Sources: Kingma & Welling 2014, appendix C (Bernoulli; Gaussian, with means through a sigmoid as in
 section 5); Theis, van den Oord & Bethge 2016, section 3.1 (with uniform noise, the density bounds
-the probability of the grey levels); Salimans et al. 2017, equation 2 (the discretised logistic).
+the probability of the grey levels); Salimans et al. 2017, equation 2 (the discretised logistic);
+Lopez et al. 2018 (the negative binomial, as in scvi-tools).
 Burda et al. 2016 draw the binarised pixels anew at every step.
 
 A density has no upper bound where a pixel hardly varies, for example at the border of a digit. Two
@@ -33,6 +39,7 @@ import numpyro
 import numpyro.distributions as dist
 from jax import lax, random
 from jax.core import Tracer
+from jax.scipy.special import betaln
 from jaxtyping import Array, Float, Shaped
 from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
@@ -52,8 +59,29 @@ class Likelihood(Protocol):
 
     @property
     def num_outputs(self) -> int:
-        """How many arrays of the image's shape the decoder gives."""
+        """How many arrays of the shape of one x the decoder gives."""
         ...
+
+    def check(self, x: Any) -> None:
+        """Raises ValueError for data that the likelihood cannot describe, prepared or not."""
+        ...
+
+    def prepare(self, key: Array, images: Images) -> Float[Array, "N ..."]:
+        """The x that this likelihood describes, from the data as the user gives them."""
+        ...
+
+    def view(self, x: Any) -> Any:
+        """x as an encoder sees it: numbers of about the size of one."""
+        ...
+
+    def __call__(self, outputs: Float[Array, "N k ..."]) -> dist.Distribution:
+        """p(x | z) from the decoder's ``num_outputs`` arrays. Its batch shape is (N, *x_shape)."""
+        ...
+
+
+@runtime_checkable
+class PixelLikelihood(Likelihood, Protocol):
+    """What the figures and tables of images ask beside."""
 
     @property
     def low(self) -> float:
@@ -65,21 +93,12 @@ class Likelihood(Protocol):
         """The greatest value of x: white."""
         ...
 
-    def check(self, x: Any) -> None:
-        """Raises ValueError for arrays that are not grey images, and not this likelihood's x."""
-        ...
-
-    def prepare(self, key: Array, images: Images) -> Float[Array, "N ..."]:
-        """The x that this likelihood describes, from grey images."""
-        ...
-
-    def __call__(self, outputs: Float[Array, "N k ..."]) -> dist.Distribution:
-        """p(x | z) from the decoder's ``num_outputs`` arrays. Its batch shape is (N, *x_shape)."""
-        ...
-
     def bits_per_dim(self, log_likelihood: Any, num_dims: int) -> Any:
         """Nats per image as bits per dimension, on the scale of the grey levels."""
         ...
+
+
+# --- images ---------------------------------------------------------------------------------------
 
 
 def grey(images: Images) -> Float[Array, "N ..."]:
@@ -129,7 +148,7 @@ def check_grey(images: Any, low: float = 0.0, high: float = 1.0, name: str = "x"
                 "divide by 255 or by the largest level"
                 if first >= 0 and last < NUM_LEVELS
                 else f"scale {name} to [0, 1]: (x - min) / (max - min), or use "
-                f"models.linear_gaussian for unbounded numbers"
+                f"the likelihood Normal for unbounded numbers"
             )
             raise ValueError(_not_grey(name, interval, _range_of(images), advice))
     elif int(images.max()) == 1:
@@ -151,6 +170,17 @@ def _random_words(key: Array, shape: tuple[int, ...]) -> Array:
     return lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size].reshape(shape)
 
 
+class _Pixels:
+    """What the likelihoods of pixels share: an encoder sees [low, high] as [0, 1]."""
+
+    low: float
+    high: float
+
+    def view(self, x: Any) -> Any:
+        """x on [0, 1]."""
+        return (x - self.low) * (1 / (self.high - self.low))
+
+
 class BinaryPixels(dist.BernoulliLogits):
     """``dist.BernoulliLogits`` with a log density that is cheaper in training.
 
@@ -164,7 +194,7 @@ class BinaryPixels(dist.BernoulliLogits):
 
 
 @dataclass(frozen=True)
-class Bernoulli:
+class Bernoulli(_Pixels):
     """Binary pixels, by logits. ``bits_per_dim`` is per binary pixel."""
 
     num_outputs = 1
@@ -192,7 +222,7 @@ class Bernoulli:
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(_Pixels):
     """A Gaussian per pixel, with mean and standard deviation from the network.
 
     Attributes:
@@ -273,7 +303,7 @@ class GaussianIdentity(Gaussian):
 
 
 @dataclass(frozen=True)
-class DiscretizedLogistic:
+class DiscretizedLogistic(_Pixels):
     """The 256 grey levels themselves, as a logistic distribution cut into bins."""
 
     num_outputs = 2
@@ -341,10 +371,214 @@ class Levels(dist.Distribution):
         return lax.fori_loop(1, NUM_LEVELS, add, jnp.zeros(self.batch_shape))
 
 
-LIKELIHOODS: dict[str, Likelihood] = {
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _check_numbers(x: Any) -> bool:
+    """Refuses arrays that are not finite numbers. True if the values can be looked at.
+
+    Raises:
+        ValueError: another type, or a value that is not finite.
+    """
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    if not (is_float or x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.integer)):
+        raise ValueError(f"x: expected numbers, got {x.dtype}; give floats, integers or bool")
+    if isinstance(x, Tracer) or x.size == 0:
+        return False
+    if is_float and not (np.isfinite(x.min()) and np.isfinite(x.max())):
+        raise ValueError(
+            f"x: expected finite numbers, got {_range_of(x)}; replace what is missing, or leave "
+            f"its rows out"
+        )
+    return True
+
+
+def _as_numbers(name: str, value: Any) -> Any:
+    """A number, or a tuple of one number for each column: what a frozen dataclass can hold."""
+    array = np.asarray(value, np.float64)
+    if array.ndim > 1:
+        raise ValueError(f"{name}: expected one number or (D,), got shape {array.shape}")
+    return array.item() if array.ndim == 0 else tuple(array.tolist())
+
+
+def _check_columns(outputs: Array, **numbers: Any) -> None:
+    """Refuses numbers of columns for an x of another shape."""
+    for name, value in numbers.items():
+        if isinstance(value, tuple) and outputs.shape[2:] != (len(value),):
+            raise ValueError(
+                f"{name}: expected one number, or one for each column of x, {outputs.shape[2:]}, "
+                f"got {len(value)}; take it from the training data, for example x.mean(0)"
+            )
+
+
+def _columns(wrong: Any) -> str:
+    """The columns that are wrong, in words for a message."""
+    found = np.flatnonzero(wrong)
+    more = ", ..." if len(found) > 10 else ""
+    return f"column{'s' * (len(found) > 1)} {', '.join(map(str, found[:10]))}{more} (from 0)"
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Any real numbers: a Normal. Its mean comes from the network, each column has one deviation.
+
+    The networks work with (x - x_mean) / x_std. The density is that of x itself:
+
+        x_i | z  ~  Normal(x_mean_i + x_std_i m_i(z), (x_std_i s_i)^2).
+
+    Here m(z) is the decoder's output. s is learned: the site ``x_scale``, of the shape of one x, in
+    units of ``x_std``. If a column is multiplied by 1000, log p(x) falls by log 1000.
+
+        Normal(x_mean=train.mean(0), x_std=train.std(0))
+
+    Attributes:
+        x_mean: the mean of x, a number or one for each column. An array becomes a tuple.
+        x_std: the standard deviation of x, likewise. Both come from the training data.
+        floor: the least s. Where a column follows from the others, a density has no upper bound.
+
+    Raises:
+        ValueError: a number is not finite, or ``floor`` or a deviation is not positive. A constant
+            column has no deviation. Neither has one that varies by less than a millionth of its
+            mean: float32 cannot tell its values apart.
+    """
+
+    x_mean: Any = 0.0
+    x_std: Any = 1.0
+    floor: float = 0.01
+    num_outputs = 1
+
+    def __post_init__(self):
+        for name in ("x_mean", "x_std"):
+            object.__setattr__(self, name, _as_numbers(name, getattr(self, name)))
+        mean, std = np.atleast_1d(self.x_mean, self.x_std)
+        if not (np.isfinite(mean).all() and np.isfinite(std).all()):
+            raise ValueError("x_mean, x_std: expected finite numbers, got NaN or infinity")
+        constant = ~(std > 1e-6 * np.abs(mean))
+        if constant.any():
+            raise ValueError(
+                f"x_std: expected data that vary, got a constant {_columns(constant)}; a density "
+                f"has no upper bound there: leave such columns out of x"
+            )
+        if not self.floor > 0:
+            raise ValueError(f"floor: expected a positive standard deviation, got {self.floor}")
+
+    def check(self, x: Any) -> None:
+        """Refuses what is no finite number."""
+        _check_numbers(x)
+
+    def prepare(self, key: Array, images: Images) -> Float[Array, "N ..."]:
+        """The numbers themselves, as float32."""
+        return jnp.asarray(images, jnp.float32)
+
+    def view(self, x: Any) -> Any:
+        """(x - x_mean) / x_std."""
+        return (x - jnp.float32(self.x_mean)) / jnp.float32(self.x_std)
+
+    def __call__(self, outputs: Float[Array, "N 1 ..."]) -> dist.Distribution:
+        """Normal(x_mean + x_std * outputs, x_std * x_scale)."""
+        _check_columns(outputs, x_mean=self.x_mean, x_std=self.x_std)
+        start = jnp.ones(outputs.shape[2:], jnp.float32)
+        above = constraints.greater_than(self.floor)
+        x_scale = numpyro.param("x_scale", start, constraint=above)
+        x_std = jnp.float32(self.x_std)
+        return dist.Normal(jnp.float32(self.x_mean) + x_std * outputs[:, 0], x_std * x_scale)
+
+
+@dataclass(frozen=True)
+class NegativeBinomial:
+    """Counts: a negative binomial. Its mean comes from the network.
+
+    Each column has a learned inverse dispersion theta, the site ``inverse_dispersion``:
+
+        x_i | z  ~  NegativeBinomial(mean mu_i(z), variance mu_i(z) + mu_i(z)^2 / theta_i)
+        mu_i(z)  =  x_mean_i exp(m_i(z)).
+
+    Here m(z) is the decoder's output. The encoder sees log(1 + x). As theta grows, the distribution
+    becomes a Poisson.
+
+        NegativeBinomial(x_mean=train.mean(0))
+
+    Attributes:
+        x_mean: the mean where the decoder gives zero, a number or one for each column. Training
+            starts there, so take the mean of the training data. An array becomes a tuple. A column
+            of zeros starts at a mean of 0.001.
+
+    Raises:
+        ValueError: a mean is negative or not finite.
+    """
+
+    x_mean: Any = 1.0
+    num_outputs = 1
+
+    def __post_init__(self):
+        object.__setattr__(self, "x_mean", _as_numbers("x_mean", self.x_mean))
+        wrong = ~(np.isfinite(self.x_mean) & (np.atleast_1d(self.x_mean) >= 0))
+        if wrong.any():
+            raise ValueError(
+                f"x_mean: expected means of counts, from 0, got others in {_columns(wrong)}; use "
+                f"the likelihood Normal for numbers that are no counts"
+            )
+
+    def check(self, x: Any) -> None:
+        """Refuses what is no count: negative numbers, fractions, and 2^24 or more."""
+        if not _check_numbers(x) or x.dtype == jnp.bool_:
+            return
+        least, most = x.min(), x.max()
+        if least < 0 or most >= 2**24 or (x != np.round(x)).any():
+            fractions = ", some of them fractions" if (x != np.round(x)).any() else ""
+            raise ValueError(
+                f"x: expected counts, whole numbers from 0 and below 2^24, got {_range_of(x)}"
+                f"{fractions}; use the likelihood Normal for other numbers"
+            )
+
+    def prepare(self, key: Array, images: Images) -> Float[Array, "N ..."]:
+        """The counts themselves, as float32."""
+        return jnp.asarray(images, jnp.float32)
+
+    def view(self, x: Any) -> Any:
+        """log(1 + x)."""
+        return jnp.log1p(x)
+
+    def __call__(self, outputs: Float[Array, "N 1 ..."]) -> dist.Distribution:
+        """The mean is x_mean * exp(outputs)."""
+        _check_columns(outputs, x_mean=self.x_mean)
+        start = jnp.ones(outputs.shape[2:], jnp.float32)
+        theta = numpyro.param("inverse_dispersion", start, constraint=constraints.positive)
+        log_mean = jnp.log(jnp.maximum(jnp.float32(self.x_mean), 1e-3)) + outputs[:, 0]
+        return Counts(theta, log_mean - jnp.log(theta))
+
+
+class Counts(dist.NegativeBinomialLogits):
+    """``dist.NegativeBinomialLogits`` with a log density that keeps its digits for large counts.
+
+    Let r be ``total_count``. The log density is
+
+        - r softplus(logits) - x softplus(-logits) - log B(x + 1, r) - log(x + r).
+
+    NumPyro has three log-gamma functions in place of the last two terms, and float32 loses a nat in
+    their sum at a million. ``dist.NegativeBinomial2`` has the beta function, but no finite gradient
+    for large means.
+    """
+
+    @validate_sample
+    def log_prob(self, value: Any) -> Array:
+        """log p(value) for a count."""
+        r, logits = self.total_count, self.logits
+        tails = r * softplus(logits) + value * softplus(-logits)
+        return -(tails + betaln(value + 1, r) + jnp.log(value + r))
+
+
+# --- by name --------------------------------------------------------------------------------------
+
+PIXEL_LIKELIHOODS: dict[str, PixelLikelihood] = {
     "bernoulli": Bernoulli(),
     "gaussian": Gaussian(),
     "gaussian-one-scale": GaussianOneScale(),
     "gaussian-identity": GaussianIdentity(),
     "discretized-logistic": DiscretizedLogistic(),
+}
+LIKELIHOODS: dict[str, Likelihood] = {
+    **PIXEL_LIKELIHOODS,
+    "normal": Normal(),
+    "negative-binomial": NegativeBinomial(),
 }

@@ -210,7 +210,8 @@ class Decoder(nnx.Module):
     Args:
         num_latents: the dimensions of z.
         hidden: units of the hidden layers, from z to x.
-        x_shape: the shape of one image, (height, width) or (height, width, channels).
+        x_shape: the shape of one x. With convolutions (height, width) or (height, width, channels),
+            without them any shape.
         num_outputs: how many arrays of that shape the likelihood takes.
         channels: channels of the convolutions, from x to z. Each doubles the image on its way out.
         condition: the kind of condition, or None.
@@ -258,7 +259,7 @@ class Encoder(nnx.Module):
             without them any shape.
         hidden: units of the hidden layers, from x to z.
         num_outputs: how many numbers it gives for one datum.
-        low, high: the interval of x, which the network sees as [0, 1].
+        view: x as the network sees it, a function of arrays. Default: as it is.
         channels: channels of the convolutions, from x to z. Each halves the image.
         condition: the kind of condition, or None.
         activation, dtype: as in ``MLP``.
@@ -270,15 +271,14 @@ class Encoder(nnx.Module):
         hidden: Sequence[int],
         num_outputs: int,
         *,
-        low: float = 0.0,
-        high: float = 1.0,
+        view: Callable[[Array], Array] | None = None,
         channels: Sequence[int] = (),
         condition: Condition | None = None,
         activation: Activation = jax.nn.relu,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        self.x_shape, self.shift, self.stretch = tuple(x_shape), low, 1 / (high - low)
+        self.x_shape, self.view = tuple(x_shape), view
         self.features = None if condition is None else condition.features(rngs=rngs)
         self.shrink = Shrink(x_shape, channels, activation, dtype, rngs=rngs) if channels else None
         num_inputs = math.prod(_smallest(x_shape, channels) if channels else x_shape)
@@ -290,7 +290,7 @@ class Encoder(nnx.Module):
     ) -> Float[Array, "N k"]:
         """(N, num_outputs)."""
         check_images(x, self.x_shape)
-        x = (jnp.asarray(x) - self.shift) * self.stretch
+        x = jnp.asarray(x) if self.view is None else self.view(jnp.asarray(x))
         if self.shrink is not None:
             x = self.shrink(x)
         return self.mlp(_join(x.reshape(len(x), -1), c, self.features))
@@ -447,25 +447,31 @@ def check_sizes(
     dtype: str,
     **sizes: int | Sequence[int] | None,
 ) -> None:
-    """Refuses sizes that make no image network.
+    """Refuses sizes that make no network of images or vectors.
 
     Args:
-        x_shape: the shape of one image.
+        x_shape: the shape of one image, or (D,).
         channels: channels of the convolutions.
         dtype: the type that the networks compute in.
         sizes: more sizes by name, for example ``num_latents`` and ``hidden``. None is left alone.
 
     Raises:
-        ValueError: a size is not positive, an image has not two or three axes, the convolutions
+        ValueError: a size is not positive, an x has not one, two or three axes, the convolutions
             cannot halve it, or the type is not "float32" or "bfloat16".
     """
     for name, size in {"x_shape": x_shape, **sizes, "channels": channels}.items():
         several = (size,) if isinstance(size, int) else size or ()
         if any(n < 1 for n in several):
             raise ValueError(f"{name}: expected positive sizes, got {size}")
-    if len(x_shape) not in (2, 3):
+    if len(x_shape) not in (1, 2, 3):
         raise ValueError(
-            f"x_shape: expected (height, width) or (height, width, channels), got {x_shape}"
+            f"x_shape: expected (height, width) or (height, width, channels) for images, or (D,) "
+            f"for vectors, got {x_shape}"
+        )
+    if len(x_shape) == 1 and channels:
+        raise ValueError(
+            f"channels: expected none for vectors of {x_shape[0]} numbers, got {tuple(channels)}; "
+            f"convolutions are for images"
         )
     factor = 2 ** len(channels)
     if any(side % factor for side in x_shape[:2]):

@@ -19,7 +19,8 @@ trained together. They maximise the ELBO (Kingma & Welling, equation 3; Sohn et 
 
 The first term is the reconstruction, the second the divergence. Networks are multilayer
 perceptrons. With ``channels``, convolutions stand between them and the image. The likelihood is any
-of ``models/likelihoods.py``, the condition any of ``models/conditions.py``.
+of ``models/likelihoods.py``, the condition any of ``models/conditions.py``. An x may also be a
+vector, ``x_shape=(D,)``: a row of a table.
 
 We deviate from Sohn, Lee & Yan in one point: their prior network and decoder also see a baseline's
 guess of x. ``models/quadrants.py`` has that guess.
@@ -77,11 +78,12 @@ class Model:
         condition: the kind of c, an object of ``models.conditions``. None for no condition.
         prior_hidden: units of the hidden layers of the prior network. () for an affine map of the
             condition's features, None for a standard normal prior.
-        x_shape: the shape of one image, (height, width) or (height, width, channels).
+        x_shape: the shape of one x: (height, width) or (height, width, channels) for images, (D,)
+            for vectors.
         num_latents: the dimensions of z.
         hidden: units of the decoder's hidden layers, from z to x.
         channels: channels of the convolutions between the image and the dense layers, from x to z.
-            Each halves the image. () for none.
+            Each halves the image. () for none, as vectors need it.
         activation: the function of arrays after each hidden layer.
         likelihood: p(x | z, c), an object of ``models.likelihoods``.
         dtype: the type that the networks compute in, "float32" or "bfloat16". Parameters and the
@@ -157,8 +159,7 @@ class Model:
             self.x_shape,
             self.hidden[::-1] if hidden is None else hidden,
             num_outputs,
-            low=self.likelihood.low,
-            high=self.likelihood.high,
+            view=self.likelihood.view,
             channels=self.channels,
             condition=self.condition,
             activation=self.activation,

@@ -12,7 +12,7 @@ from numpyro.infer import SVI, Trace_ELBO
 
 from models import guides, vae
 from models.conditions import Labels
-from models.likelihoods import LIKELIHOODS
+from models.likelihoods import LIKELIHOODS, Gaussian
 from models.networks import Encoder, Grow, Shrink, convolve
 
 KEY = jax.random.key(0)
@@ -65,7 +65,8 @@ def test_an_image_is_encoded_alone():
 
 def test_the_interval_of_x_is_seen_as_zero_to_one():
     x = jax.random.uniform(KEY, (4, 5))
-    unit, wide = (Encoder((5,), (), 6, low=low, rngs=nnx.Rngs(0)) for low in (0.0, -1.0))
+    views = (Gaussian(low=low).view for low in (0.0, -1.0))
+    unit, wide = (Encoder((5,), (), 6, view=view, rngs=nnx.Rngs(0)) for view in views)
     np.testing.assert_allclose(wide(2 * x - 1), unit(x), rtol=1e-4, atol=1e-5)
 
 

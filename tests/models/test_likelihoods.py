@@ -14,6 +14,7 @@ from scipy import special, stats
 
 from models.likelihoods import (
     LIKELIHOODS,
+    PIXEL_LIKELIHOODS,
     PIXEL_SCALE_FLOOR,
     Bernoulli,
     BinaryPixels,
@@ -27,7 +28,7 @@ from models.likelihoods import (
 
 KEY = jax.random.key(0)
 ALL_LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)
-EVERY = pytest.mark.parametrize("likelihood", LIKELIHOODS.values(), ids=LIKELIHOODS)
+EVERY = pytest.mark.parametrize("likelihood", PIXEL_LIKELIHOODS.values(), ids=PIXEL_LIKELIHOODS)
 X_SCALE = 0.3
 
 
@@ -159,7 +160,11 @@ DIVIDE, SCALE = "divide by 255 or by the largest level", r"scale x to \[0, 1\]: 
         (Bernoulli(), ALL_LEVELS / 1.0, f"{UNIT}, got float64 from 0.0 to 255.0; {DIVIDE}"),
         (Gaussian(), ALL_LEVELS / 16.0, f"{UNIT}, got float64 from 0.0 to 15.93.*; {DIVIDE}"),
         (Gaussian(), ALL_LEVELS - 9.5, f"{UNIT}, got float64 from -9.5 to 245.5; {SCALE}"),
-        (GaussianOneScale(), ALL_LEVELS * 9.0, f"{UNIT}, .* to 2295.0; {SCALE}.*linear_gaussian"),
+        (
+            GaussianOneScale(),
+            ALL_LEVELS * 9.0,
+            f"{UNIT}, .* to 2295.0; {SCALE}.*Normal for unbounded",
+        ),
         (GaussianIdentity(low=-1.0), ALL_LEVELS / 85 - 1.5, f"{WIDE}, got .* to 1.5; {SCALE}"),
         (DiscretizedLogistic(), ALL_LEVELS + 0.5, f"{LEVELS_TOO}, got .* to 255.5; {DIVIDE}"),
         (Bernoulli(), ALL_LEVELS.astype(int), "got int64 from 0 to 255; give uint8, or divide by"),

@@ -481,7 +481,7 @@ C, X = np.array([0, 1, 2]), np.zeros((3, 2, 2), np.uint8)
         (
             replace(PLAIN, likelihood=Gaussian()),
             {"x": X - 1.5},
-            r"\[0, 1\], got float.* from -1.5 to -1.5; .*models.linear_gaussian for unbounded",
+            r"\[0, 1\], got float.* from -1.5 to -1.5; .*likelihood Normal for unbounded",
         ),
         (PLAIN, {"x": X.astype(np.int32) + 16}, "got int32 from 16 to 16; give uint8, or divide"),
     ],
@@ -554,7 +554,8 @@ def test_programs_look_at_no_values():
     ("settings", "message"),
     [
         ({"x_shape": (0, 3)}, r"x_shape: expected positive sizes, got \(0, 3\)"),
-        ({"x_shape": (784,)}, r"x_shape: expected \(height, width\) or .*, got \(784,\)"),
+        ({"x_shape": ()}, r"x_shape: expected \(height, width\) or .*, or \(D,\) .*, got \(\)"),
+        ({"x_shape": (9,), "channels": (4,)}, r"channels: expected none for vectors of 9 .*\(4,\)"),
         ({"x_shape": (1, 2, 3, 4)}, r"x_shape: expected .*got \(1, 2, 3, 4\)"),
         ({"num_latents": 0}, "num_latents: expected positive sizes, got 0"),
         ({"hidden": (5, -1)}, r"hidden: expected positive sizes, got \(5, -1\)"),
