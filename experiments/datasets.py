@@ -1,10 +1,12 @@
-"""Images to train on: MNIST, SVHN, scikit-learn's digits, or a user's own .npy or .npz file.
+"""Data to train on: MNIST, SVHN, scikit-learn's digits, or a user's own .npy, .npz or .csv file.
 
-No file and no mirror is trusted. MNIST's and SVHN's files must have the right SHA-256. No pickle
-is loaded, and no header is given more memory than the file fills. A bad file is a ``DatasetError``.
+They are images or a table: a vector of numbers for each datum. No file and no mirror is trusted.
+MNIST's and SVHN's files must have the right SHA-256. No pickle is loaded, and no header is given
+more memory than the file fills. A bad file is a ``DatasetError``.
 """
 
 import contextlib
+import csv
 import gzip
 import hashlib
 import io
@@ -12,8 +14,10 @@ import math
 import os
 import sys
 import zipfile
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +48,7 @@ if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # not every system tell
     HALF_OF_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 TIMEOUT = (5, 30)  # seconds to connect, and seconds between two pieces
 ENDS = ("", "_test", "_validation")
+LABELS = ("c", "label")  # the names that the column of labels may have
 ANEW = "get the file anew, or from another source"
 NOTICE = """{0}
 !!  NOT MNIST! The data are scikit-learn's digits instead: 1,797 images of 8 x 8 pixels.
@@ -52,6 +57,7 @@ NOTICE = """{0}
 
 Arrays = dict[str, np.ndarray]
 Images = UInt8[np.ndarray, "N H W *C"] | Float32[np.ndarray, "N H W *C"]
+Vectors = Float32[np.ndarray, "N D"]
 
 
 class DatasetError(ValueError):
@@ -68,30 +74,43 @@ class Record:
 
     Attributes:
         name: the data set's name.
-        x_shape: the shape of one image.
+        x_shape: the shape of one image, or (D,) for a table.
         num_classes: one more than the largest label; None without labels.
-        num_data: how many training images there are.
+        num_data: how many training data there are.
+        x_mean, x_std: of a table, the mean and the standard deviation of each column of the
+            training set. The deviation of a constant column is 0. None for images.
     """
 
     name: str
     x_shape: tuple[int, ...]
     num_classes: int | None
     num_data: int
+    x_mean: tuple[float, ...] | None = None
+    x_std: tuple[float, ...] | None = None
 
     def __init__(
-        self, name: str, x_shape: Sequence[int], num_classes: int | None, num_data: int
+        self,
+        name: str,
+        x_shape: Sequence[int],
+        num_classes: int | None,
+        num_data: int,
+        x_mean: Sequence[float] | None = None,
+        x_std: Sequence[float] | None = None,
     ) -> None:
         x_shape = tuple(x_shape)  # JSON gives a list
         vars(self).update(name=name, x_shape=x_shape, num_classes=num_classes, num_data=num_data)
+        columns = {"x_mean": x_mean, "x_std": x_std}
+        vars(self).update({n: None if v is None else tuple(v) for n, v in columns.items()})
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images ``x`` and, if there are any, their labels ``c``.
+    """Images or vectors ``x`` and, if there are any, their labels ``c``.
 
     Attributes:
         name: mnist, svhn, digits or the file's name.
-        train: ``x``, (N, H, W) or (N, H, W, C), uint8 or float32 in [0, 1]; ``c``, (N,), int32.
+        train: ``x``, images (N, H, W) or (N, H, W, C), uint8 or float32 in [0, 1], or a table
+            (N, D), any float32; ``c``, (N,), int32.
         validation: the same, held out of the training set; None if nothing was.
         test: the same.
         num_classes: one more than the largest label; None without labels.
@@ -105,13 +124,20 @@ class Dataset:
 
     @property
     def x_shape(self) -> tuple[int, ...]:
-        """The shape of one image, (H, W) or (H, W, C)."""
+        """The shape of one image, (H, W) or (H, W, C), or (D,)."""
         return self.train["x"].shape[1:]
 
-    @property
+    @cached_property
     def record(self) -> Record:
         """What a model needs to know of the data, without the data."""
-        return Record(self.name, self.x_shape, self.num_classes, len(self.train["x"]))
+        x = self.train["x"]
+        known = self.name, self.x_shape, self.num_classes, len(x)
+        if x.ndim != 2:
+            return Record(*known)
+        mean = x.mean(0, dtype=np.float64)
+        std = np.where(x.max(0) > x.min(0), x.std(0, dtype=np.float64), 0)
+        # Rounded, they are the same on machines that add in another order.
+        return Record(*known, mean.astype(np.float32).tolist(), std.astype(np.float32).tolist())
 
 
 def load(
@@ -127,15 +153,17 @@ def load(
         name: ``mnist``; ``svhn``, the Street View House Numbers of Netzer et al. 2011, cropped to
             32 x 32 pixels in colour; ``digits``, the 1,797 images of 8 x 8 pixels in scikit-learn;
             ``auto``, MNIST if it can be had, else the digits and a notice on standard error; or
-            the path of an .npy or .npz file. An .npy file holds images, (N, H, W) or (N, H, W, C),
-            as uint8, bool or floats in [0, 1]. An .npz file holds them as ``x`` (or ``x_train``),
-            and perhaps labels, integers (N,), as ``c`` (or ``c_train``), and ``x_test``,
-            ``c_test``, ``x_validation``, ``c_validation``. Without ``x_test``, a sixth of ``x`` is
-            the test set.
+            the path of an .npy, .npz or .csv file. An .npy file holds images, (N, H, W) or
+            (N, H, W, C), as uint8, bool or floats in [0, 1], or a table, (N, D), of any finite
+            numbers. An .npz file holds them as ``x`` (or ``x_train``), and perhaps labels, integers
+            (N,), as ``c`` (or ``c_train``), and ``x_test``, ``c_test``, ``x_validation``,
+            ``c_validation``. A .csv file holds a table: a line of names, then lines of numbers,
+            with commas between. The column named c or label holds labels, the others are ``x``.
+            Without ``x_test``, a sixth of ``x`` is the test set.
         data_dir: the directory of MNIST's four files or SVHN's two, compressed by gzip or not.
             They may lie in its subdirectory mnist or svhn. By default they come from the directory
             in the environment variable GUIDEBOOK_DATA, the user's cache or the network.
-        num_validation: how many training images to hold out. By default the last 10,000 of MNIST
+        num_validation: how many training data to hold out. By default the last 10,000 of MNIST
             or SVHN, 300 of the digits, a tenth of a file's. The test set does not depend on it.
         progress: whether to show a download on a terminal.
 
@@ -159,9 +187,10 @@ def load(
         x = np.rint(digits.images * (255 / 16)).astype(np.uint8)
         return _dataset("digits", "digits", {"x": x, "c": digits.target}, num_validation, 300, 300)
     path = Path(name).expanduser()
-    if path.suffix in (".npy", ".npz"):
-        return _dataset(path.name, path, _from_own(path), num_validation)
-    expected = f"auto, {', '.join(SOURCES)}, digits or the path of an .npy or .npz file"
+    if path.suffix in (".npy", ".npz", ".csv"):
+        arrays = _from_csv(path) if path.suffix == ".csv" else _from_own(path)
+        return _dataset(path.name, path, arrays, num_validation)
+    expected = f"auto, {', '.join(SOURCES)}, digits or the path of an .npy, .npz or .csv file"
     raise ValueError(f"name: expected {expected}, got {name!r}")
 
 
@@ -175,9 +204,9 @@ def _dataset(
     parts, kinds = [], []
     for end in ENDS:
         x, c = arrays.get(f"x{end}"), arrays.get(f"c{end}")
-        part = {} if x is None else {"x": _images(x, f"{what}: x{end}")}
+        part = {} if x is None else {"x": _observations(x, f"{what}: x{end}")}
         if c is not None:
-            part["c"] = _labels(c, f"{what}: c{end}", len(part["x"]))
+            part["c"] = _labels(c, f"{what}: c{end}", part["x"])
         parts.append(part)
         kinds.append(", ".join(f"each {k} {v.dtype} {v.shape[1:]}" for k, v in part.items()))
         like = f"{kinds[0]}, as in the training set"
@@ -191,10 +220,11 @@ def _dataset(
     most = num_data - num_test - 1
     if num_validation is None:
         num_validation = sizes[1] if sizes else 0 if validation else max(1, (most + 1) // 10)
-    least = f"at least {1 + (num_test > 0) + (num_validation > 0)} images to split"
+    rows = "rows" if train["x"].ndim == 2 else "images"
+    least = f"at least {1 + (num_test > 0) + (num_validation > 0)} {rows} to split"
     _require(most >= (num_validation > 0), f"{what}: x", least, f"{num_data}", "give more")
     if not 0 <= num_validation <= most:
-        expected = f"0 to {most}, fewer than there are images to train on"
+        expected = f"0 to {most}, fewer than there are {rows} to train on"
         raise ValueError(f"num_validation: expected {expected}, got {num_validation}")
     order = np.arange(num_data)[::-1]  # MNIST's and SVHN's last images are held out
     if name not in SOURCES:
@@ -297,8 +327,8 @@ def _from_own(path: Path) -> Arrays:
         allowed = [f"{key}{end}" for end in ENDS for key in "xc"]
         needed = {"x", *(name.replace("c", "x") for name in names)}
         is_right = len({*names}) == len(names) and needed <= {*names} <= {*allowed}
-        expected = f"images x or x_train, and perhaps {', '.join(allowed[1:])}"
-        remedy = "save the arrays under these names, and no labels without their images"
+        expected = f"images or a table x or x_train, and perhaps {', '.join(allowed[1:])}"
+        remedy = "save the arrays under these names, and no labels without their x"
         _require(is_right, path, expected, ", ".join(members) or "nothing", remedy)
         count = int.from_bytes(content[-12 - len(archive.comment) :][:2], "little")
         _require(count == len(infos), path, f"{count} arrays, as its end says", f"{len(infos)}")
@@ -328,10 +358,86 @@ def _array(content: bytes, what: str) -> Shaped[np.ndarray, "..."]:
         return array.reshape(shape, order="F" if is_fortran else "C")
 
 
+def _from_csv(path: Path) -> Arrays:
+    """A line of names, then lines of numbers. One column may hold labels."""
+    content = _read(path, path, "a .csv file", HALF_OF_MEMORY // 4)  # numbers take more than text
+    with _refusing(path, "lines of numbers with commas between, below a line of names"):
+        lines = csv.reader(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline=""))
+        names = [name.strip() for name in next(lines, [])]
+        got = ", ".join(names)[:200] or "nothing"
+        is_right = all(map(_is_name, names)) and len({*names}) == len(names)
+        expected = "a first line of names, each of them once"
+        remedy = "write the names of the columns into the first line, with commas between"
+        _require(names and is_right, f"{path}, line 1", expected, got, remedy)
+        given = [names.index(name) for name in LABELS if name in names]
+        expected = f"at most one column of labels, {' or '.join(LABELS)}"
+        _require(len(given) < 2, f"{path}, line 1", expected, got, "rename or leave out one")
+        _require(len(names) > len(given), f"{path}, line 1", "a column of numbers", got, "add one")
+        values, numbered = array("d"), array("q")
+        for row in lines:
+            if row:  # no empty line
+                values.extend(_numbers(row, names, f"{path}, line {lines.line_num}"))
+                numbered.append(lines.line_num)
+    _require(numbered, path, "lines of numbers below the names", "none", "add the data")
+    table = np.frombuffer(values, np.float64).reshape(-1, len(names))
+    if not given:
+        return {"x": table}
+    c = table[:, given[0]]
+    wrong = np.flatnonzero((c != np.floor(c)) | (c < 0) | (c >= 2**31 - 1))
+    if wrong.size:
+        where = f"{path}, line {numbered[wrong[0]]}, column {names[given[0]]!r}"
+        remedy = "number the classes from 0, or rename a column that holds no labels"
+        _require(False, where, "a label 0, 1, 2, ...", f"{c[wrong[0]]:g}", remedy)
+    return {"x": np.delete(table, given, axis=1), "c": c.astype(np.int64)}
+
+
+def _is_name(text: str) -> bool:
+    """False for nothing, for a number, and for a line that commas do not divide."""
+    return text != "" and math.isnan(_number(text)) and not {*text} & {";", "\t"}
+
+
+def _number(text: str) -> float:
+    """What a text says. NaN if it is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _numbers(row: list[str], names: list[str], where: str) -> list[float]:
+    """A line's numbers. Each is finite, and there are as many as names."""
+    got, remedy = f"{len(row)}", "give one number for each name, with commas between"
+    _require(len(row) == len(names), where, f"{len(names)} numbers, one for each name", got, remedy)
+    numbers = [*map(_number, row)]
+    if not all(map(math.isfinite, numbers)):
+        at = [*map(math.isfinite, numbers)].index(False)
+        got = repr(row[at][:50]) if row[at].strip() else "nothing"
+        remedy = "fill it in, or leave the line or the column out; write words as numbers"
+        _require(False, f"{where}, column {names[at]!r}", "a finite number", got, remedy)
+    return numbers
+
+
+def _observations(x: np.ndarray, what: str) -> Images | Vectors:
+    """Checks images or a table, and makes them uint8 or float32."""
+    expected = "images (N, H, W) or (N, H, W, C), or a table (N, D)"
+    _require(x.ndim in (2, 3, 4), what, expected, f"shape {x.shape}", "reshape them")
+    return _vectors(x, what) if x.ndim == 2 else _images(x, what)
+
+
+def _vectors(x: np.ndarray, what: str) -> Vectors:
+    with np.errstate(over="ignore"):
+        numbers = np.require(x, np.float32, ["C", "A", "W"])
+    wrong = np.argwhere(~np.isfinite(numbers))
+    if wrong.size:
+        row, column = wrong[0]
+        where = f"{x[row, column]:g} in row {row}, column {column} (from 0)"
+        remedy = "fill in what is missing, or leave the row or the column out"
+        _require(False, what, "finite numbers that float32 holds", where, remedy)
+    return numbers
+
+
 def _images(x: np.ndarray, what: str) -> Images:
     divide = "divide by the largest value that a pixel can have, such as 255 or 65535"
-    expected = "images (N, H, W) or (N, H, W, C)"
-    _require(x.ndim in (3, 4), what, expected, f"shape {x.shape}", "reshape them")
     if x.dtype == bool:
         x = (x.view(np.uint8) > 0) * np.uint8(255)
     if x.dtype != np.uint8:
@@ -341,11 +447,12 @@ def _images(x: np.ndarray, what: str) -> Images:
     return np.require(x, np.uint8 if x.dtype == np.uint8 else np.float32, ["C", "A", "W"])
 
 
-def _labels(c: np.ndarray, what: str, num_images: int) -> Int32[np.ndarray, " N"]:
-    is_right = c.dtype.kind in "iu" and c.shape == (num_images,)
-    expected = f"integers 0, 1, ..., one for each of {num_images} images"
+def _labels(c: np.ndarray, what: str, x: np.ndarray) -> Int32[np.ndarray, " N"]:
+    is_right = c.dtype.kind in "iu" and c.shape == (len(x),)
+    row = "row" if x.ndim == 2 else "image"
+    expected = f"integers 0, 1, ..., one for each of {len(x)} {row}s"
     got = f"{c.dtype} of shape {c.shape}, {c.min()} to {c.max()}"
-    remedy = "number the classes from 0, and give one for each image"
+    remedy = f"number the classes from 0, and give one for each {row}"
     _require(is_right and 0 <= c.min() <= c.max() < 2**31 - 1, what, expected, got, remedy)
     return c.astype(np.int32)
 

@@ -1,6 +1,7 @@
 """What the experiments on images share: settings, training, judging, the table, the figures.
 
-A script adds its defaults: ``experiments/mnist_vae.py``, ``experiments/mnist_cvae.py``.
+They also take a table, a vector of numbers for each datum. Then there are no pictures. A script
+adds its defaults: ``experiments/mnist_vae.py``, ``experiments/mnist_cvae.py``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +45,7 @@ from inference import (
 from inference.evaluation import FEWEST_FOR_TAIL
 from models import guides, vae
 from models.conditions import Labels
-from models.likelihoods import LIKELIHOODS
+from models.likelihoods import LIKELIHOODS, PIXEL_LIKELIHOODS, Likelihood, PixelLikelihood
 from models.networks import softplus
 
 ENCODERS = ("network", "per-datum")
@@ -85,8 +86,8 @@ class Config:
     """Settings of an experiment on images.
 
     Attributes:
-        dataset: Data set: mnist, svhn, digits, the path of your own .npz or .npy file, or auto.
-            auto is MNIST if it can be loaded, and else digits.
+        dataset: Data set: mnist, svhn, digits, the path of your own .npz, .npy or .csv file, or
+            auto. auto is MNIST if it can be loaded, and else digits.
         data_dir: Directory with the data set's files, compressed or not, to read offline.
         num_validation: Images held out of the training. Default: the data set's usual number. The
             encoder per-datum holds out none, because it knows the training images alone.
@@ -105,7 +106,8 @@ class Config:
         num_latents: Dimensions of z.
         activation: Activation of the networks: relu, tanh, sigmoid, softplus, silu or gelu.
         likelihood: Likelihood of the pixels: bernoulli, gaussian, gaussian-one-scale,
-            gaussian-identity or discretized-logistic.
+            gaussian-identity or discretized-logistic. Of a table also normal (any numbers, the
+            default) or negative-binomial (counts).
         dtype: Type that the networks compute in, float32 or bfloat16.
         objective: Objective of the training: Trace_ELBO, TraceMeanField_ELBO, RenyiELBO (or
             importance-weighted, the same), doubly-reparameterized or sticking-the-landing.
@@ -211,7 +213,7 @@ class Config:
             ) from error
 
     def data(self) -> Dataset:
-        """Grey or colour images, split into training, validation and test."""
+        """Images or a table, split into training, validation and test."""
         return self._first(self._load(), ["x"])
 
     def _load(self) -> Dataset:
@@ -240,9 +242,23 @@ class Config:
         names = ("hidden", "channels", "num_latents", "dtype")
         changes = {name: getattr(self, name) for name in names}
         changes["activation"] = ACTIVATIONS.get(self.activation or "")
-        changes["likelihood"] = LIKELIHOODS.get(self.likelihood or "")
+        changes["likelihood"] = self._likelihood(record)
         changes = {name: value for name, value in changes.items() if value is not None}
         return replace(vae.PRESETS[self.preset], x_shape=record.x_shape, **changes)
+
+    def _likelihood(self, record: Record) -> Likelihood | None:
+        """The likelihood, with the numbers of a table's columns. None for the preset's."""
+        is_table = len(record.x_shape) == 1
+        name = self.likelihood or ("normal" if is_table else "")
+        if name and not is_table and name not in PIXEL_LIKELIHOODS:
+            raise ValueError(
+                f"likelihood: expected one of {', '.join(PIXEL_LIKELIHOODS)} for the images of "
+                f"{record.name}, got {name!r}, which is for tables"
+            )
+        likelihood: Any = LIKELIHOODS.get(name)
+        numbers = ("x_mean", "x_std") if is_table else ()
+        known = {n: getattr(record, n) for n in numbers if hasattr(likelihood, n)}
+        return replace(likelihood, **known) if known else likelihood
 
     def make_guide(self, model: vae.Model, num_data: int) -> Any:
         """The guide of the model. ``num_data`` counts for a table with a row for each datum."""
@@ -411,8 +427,6 @@ def summarize(
     model: Any = fits["fit"].model
     terms, high = judged.terms, judged.log_likelihood.high_pareto_k
     likelihood = number(judged.log_likelihood)
-    num_dims = int(np.prod(model.x_shape))
-    bits = model.likelihood.bits_per_dim(likelihood["estimate"], num_dims)
     variance, error = terms.activity["z"]
     per_dim = terms.kl_per_dim.get("z")  # None if the divergence is no sum over dimensions
     summary = {
@@ -423,10 +437,7 @@ def summarize(
         "log_likelihood": likelihood,
         "published": None,
         "pareto_k": high and number(high) | {"threshold": pareto_k_threshold(config.num_samples)},
-        "bits_per_dim": {
-            "estimate": float(bits),
-            "standard_error": likelihood["standard_error"] / (num_dims * np.log(2)),
-        },
+        "bits_per_dim": bits_per_dim(model, likelihood),
         "active_units": float(terms.active["z"].sum(1).mean()),
         # by seed and dimension
         "activity": {"estimate": variance.tolist(), "standard_error": error.tolist()},
@@ -451,6 +462,16 @@ def summarize(
     return summary
 
 
+def bits_per_dim(model: vae.Model, likelihood: Mapping[str, Any]) -> dict[str, float] | None:
+    """The log-likelihood of images in bits per dimension. None for a table."""
+    if not (isinstance(model.likelihood, PixelLikelihood) and len(model.x_shape) > 1):
+        return None
+    num_dims = int(np.prod(model.x_shape))
+    bits = model.likelihood.bits_per_dim(likelihood["estimate"], num_dims)
+    error = likelihood["standard_error"] / (num_dims * np.log(2))
+    return {"estimate": float(bits), "standard_error": error}
+
+
 def tree(config: Config, data: Dataset, fits: Fits, judged: Judged) -> DataTree:
     """The fit, and of every test image its judged numbers and a draw of z."""
     return to_datatree(
@@ -467,13 +488,15 @@ def tree(config: Config, data: Dataset, fits: Fits, judged: Judged) -> DataTree:
 def table(result: Mapping[str, Any]) -> str:
     """The result as a person reads it, with the published number beside it."""
     num_data, published, pareto_k = (result[n] for n in ("num_data", "published", "pareto_k"))
+    datum = "image" if result["bits_per_dim"] else "row"
     rows = [
         (name.replace("_", " "), result[name], 3, "")
         for name in ("elbo", "reconstruction", "kl", "log_likelihood")
     ]
     if published:
         rows[-1] = (*rows[-1][:3], f"{published['log_likelihood']:.2f}")
-    rows.append(("bits per dimension", result["bits_per_dim"], 4, ""))
+    if result["bits_per_dim"]:
+        rows.append(("bits per dimension", result["bits_per_dim"], 4, ""))
     if pareto_k:
         rows.append((f"share with k-hat >= {pareto_k['threshold']:.2f}", pareto_k, 4, ""))
     if "labels" in result:
@@ -485,15 +508,15 @@ def table(result: Mapping[str, Any]) -> str:
             (name, f"{v['estimate']:.{digits}f}", f"{v['standard_error']:.{digits}f}", note)
             for name, v, digits, note in rows
         ],
-        ("test set, nats per image", "estimate", "standard error", "target"),
+        (f"test set, nats per {datum}", "estimate", "standard error", "target"),
         disable_numparse=True,
         colalign=("left", *["right"] * 3),
     )
     likelihood = result["log_likelihood"]
     return (
-        f"{result['dataset']}: {num_data['train']} training and {num_data['test']} test images; "
+        f"{result['dataset']}: {num_data['train']} training and {num_data['test']} test {datum}s; "
         f"{result['num_parameters']} parameters\n\n{body}\n\n"
-        f"log likelihood: {likelihood['num_samples']} importance samples per image, Monte Carlo "
+        f"log likelihood: {likelihood['num_samples']} importance samples per {datum}, Monte Carlo "
         f"error {likelihood['monte_carlo_error']:.3f}"
         + ("" if pareto_k else f"; k-hat: not available, needs {FEWEST_FOR_TAIL} samples")
         + (f"; target: {published['source']}" if published else "")
@@ -504,12 +527,18 @@ def table(result: Mapping[str, Any]) -> str:
 def figures(
     config: Config, data: Dataset, fits: Fits, judged: Judged, result: dict[str, Any]
 ) -> dict[str, Figure]:
-    """The figures of a run. They show its first seed, but the traces of all."""
+    """The figures of a run. They show its first seed, but the traces of all.
+
+    A table has no pictures: the traces are all.
+    """
     fitted, z_loc = fits["fit"], judged.terms.z_loc
-    test, words = fitted.prepare(data.test), f"{result['experiment']} on {data.name}"
+    words, elbo = f"{result['experiment']} on {data.name}", result["elbo"]["estimate"]
+    if len(data.x_shape) == 1:
+        return {"elbo": pictures.elbo_traces(fitted, words, elbo, datum="row")}
+    test = fitted.prepare(data.test)
     c = None if "c" not in test else np.arange(data.num_classes or 0, dtype=test["c"].dtype)
     drawn = {
-        "elbo": pictures.elbo_traces(fitted, words, result["elbo"]["estimate"]),
+        "elbo": pictures.elbo_traces(fitted, words, elbo),
         "reconstructions": pictures.reconstructions(fitted, test, words, z_loc),
         "samples": pictures.samples(fitted, words, c),
         "interpolations": pictures.interpolations(fitted, test, words, z_loc),

@@ -69,13 +69,14 @@ def grid(
     return figure
 
 
-def elbo_traces(result: Fit, words: str, test: float | None = None) -> Figure:
+def elbo_traces(result: Fit, words: str, test: float | None = None, datum: str = "image") -> Figure:
     """ELBO traces: the running mean of each step's batch, and held-out data.
 
     Args:
         result: the fit.
         words: the experiment and the data, for the title.
         test: the ELBO of the test set, drawn as a line.
+        datum: what one datum is.
     """
     from matplotlib.figure import Figure
 
@@ -101,7 +102,7 @@ def elbo_traces(result: Fit, words: str, test: float | None = None) -> Figure:
     low, high = min(shown), max(shown)
     axes.set(
         xlabel="training (steps)",
-        ylabel="ELBO (nats per image)",
+        ylabel=f"ELBO (nats per {datum})",
         ylim=(low, high + 0.05 * (high - low) + 0.5),
         title=f"{words}: ELBO",
     )

@@ -1138,18 +1138,21 @@ BAD_ARRAYS = {
     "text": ({"x": GOOD.astype(str)}, "x: expected an array of numbers, got <U3;"),
     "record": ({"x": np.zeros((9, 3, 3), "u1,f4")}, "x: expected an array of numbers, got"),
     "rank 0": ({"x": np.uint8(3)}, r"images \(N, H, W\) or .*, got shape \(\); reshape"),
-    "rank 2": ({"x": GOOD.reshape(9, 9)}, r"got shape \(9, 9\); reshape"),
+    "rank 1": ({"x": GOOD[:, 0, 0]}, r"or a table \(N, D\), got shape \(9,\); reshape"),
     "rank 5": ({"x": GOOD.reshape(9, 3, 3, 1, 1)}, r"got shape \(9, 3, 3, 1, 1\); reshape"),
     "empty": ({"x": GOOD[:0]}, r"at least one number, got shape \(0, 3, 3\); add it"),
     "no width": ({"x": GOOD[:, :, :0]}, r"at least one number, got shape \(9, 3, 0\)"),
-    "nothing": ({}, f"expected images x or x_train, and {NAMES}, got nothing; save"),
-    "no images": ({"c": np.arange(9)}, "expected images x or .*, got c; save"),
+    "nothing": ({}, f"expected images or a table x or x_train, and {NAMES}, got nothing; save"),
+    "no images": ({"c": np.arange(9)}, "expected images or a table x or .*, got c; save"),
     "keras": ({"x_train": GOOD, "y_train": GOOD}, "expected images .*, got x_train, y_train; save"),
     "both names": ({"x": GOOD, "x_train": GOOD}, "expected images .*, got x, x_train; save"),
-    "only a test": ({"x_test": GOOD}, "expected images x or x_train, .*, got x_test; save"),
+    "only a test": (
+        {"x_test": GOOD},
+        "expected images or a table x or x_train, .*, got x_test; save",
+    ),
     "labels alone": (
         {"x": GOOD, "c_test": np.arange(9)},
-        "expected images x or .*, got x, c_test; save .*, and no labels without their images",
+        "expected images or a table x or .*, got x, c_test; save .*, and no labels without their x",
     ),
     "labels for some": (
         {"x": GOOD, "c": np.arange(9), "x_test": GOOD},
@@ -1341,7 +1344,7 @@ def test_two_members_of_one_name_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
         archive.writestr("x.npy", RAW)
         archive.writestr("x", RAW)
-    with pytest.raises(DatasetError, match=r"expected images x .*, got x, x; save"):
+    with pytest.raises(DatasetError, match=r"expected images or a table x .*, got x, x; save"):
         load(str(tmp_path / "mine.npz"))
 
 
@@ -1395,3 +1398,112 @@ def test_a_record_says_what_a_model_needs_and_survives_json(tmp_path):
         assert Record(**json.loads(json.dumps(dataclasses.asdict(expected)))) == expected
     np.save(tmp_path / "mine.npy", random_images(30, 4, 3))
     assert load(str(tmp_path / "mine.npy")).record.num_classes is None
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+TABLE = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
+
+
+def as_csv(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return str(path)
+
+
+def rows_of(table, *columns):
+    return [",".join(map(repr, map(float, row))) for row in np.column_stack([table, *columns])]
+
+
+@pytest.mark.parametrize("dtype", ["?", "u1", "<i8", "<f4", ">f8"])
+def test_an_own_table_of_any_type_is_float32(tmp_path, dtype):
+    x = (TABLE * 100).astype(dtype)
+    np.save(tmp_path / "mine.npy", x)
+    loaded = load(str(tmp_path / "mine.npy"))
+    parts = [loaded.train["x"], loaded.validation["x"], loaded.test["x"]]
+    assert loaded.x_shape == (3,)
+    assert [part.dtype for part in parts] == [np.float32] * 3
+    assert sorted(map(tuple, np.concatenate(parts))) == sorted(map(tuple, x.astype(np.float32)))
+
+
+def test_a_csv_is_the_npz_of_its_columns(tmp_path):
+    c = np.arange(30) % 4
+    save(tmp_path / "mine.npz", x=TABLE, c=c)
+    ours = load(str(tmp_path / "mine.npz"))
+    for name in ("label", "c"):
+        lines = rows_of(TABLE[:, :1], c, TABLE[:, 1:])
+        path = as_csv(tmp_path / "mine.csv", f"\ufeffsize, {name} ,'weight',age", *lines, "", "")
+        other = load(path)
+        assert same(other.train, ours.train)
+        assert same(other.validation, ours.validation)
+        assert same(other.test, ours.test)
+        assert other.num_classes == 4
+    assert load(as_csv(tmp_path / "one.csv", "x", *rows_of(TABLE[:, :1]))).x_shape == (1,)
+
+
+def test_a_record_has_the_columns_of_the_training_set(tmp_path):
+    table = np.column_stack([TABLE, np.full(30, 0.1)])
+    np.save(tmp_path / "mine.npy", table)
+    loaded = load(str(tmp_path / "mine.npy"))
+    record, x = loaded.record, loaded.train["x"].astype(np.float64)
+    np.testing.assert_allclose(record.x_mean, x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(record.x_std[:3], x.std(0)[:3], rtol=1e-6)
+    assert record.x_std[3] == 0  # constant
+    assert Record(**json.loads(json.dumps(dataclasses.asdict(record)))) == record
+    assert load("digits").record.x_mean is None
+
+
+BAD_CSV = {
+    "empty": ([], "line 1: expected a first line of names, each of them once, got nothing; write"),
+    "no names": (["1,2", "3,4"], "line 1: expected a first line of names.*, got 1, 2; write"),
+    "twice": (["a,a", "3,4"], "line 1: expected .*each of them once, got a, a; write"),
+    "nameless": ([",a", "3,4"], "line 1: expected .* names, .*got , a; write"),
+    "semicolons": (["a;b", "3;4"], "line 1: .*got a;b; write .* with commas between"),
+    "two labels": (["a,c,label", "1,2,3"], "line 1: expected at most one .*c or label, .*; rename"),
+    "only labels": (["label", "1"], "line 1: expected a column of numbers, got label; add one"),
+    "no lines": (["a,b"], "expected lines of numbers below the names, got none; add the data"),
+    "short line": (["a,b", "1,2", "", "3"], "line 4: expected 2 numbers, one for .*, got 1; give"),
+    "long line": (["a,b", "1,2,3"], "line 2: expected 2 numbers, one for each name, got 3; give"),
+    "word": (["a,b", "1,2", "3,x y"], "line 3, column 'b': expected a finite number, got 'x y';"),
+    "missing": (["a,b", "1,2", ",4"], "line 3, column 'a': expected a .*, got nothing; fill it in"),
+    "nan": (["a,b", "1,nan"], "line 2, column 'b': expected a finite number, got 'nan'; fill"),
+    "large": (["a,b", "1,1e39"], "x: expected finite numbers that float32 holds, got 1e"),
+    "broken label": (
+        ["a,label", "1,0", "", "1,1.5"],
+        "line 4, column 'label': expected a label 0, 1, 2, .*, got 1.5; number the classes",
+    ),
+    "negative": (["c,a", "-1,0"], "line 2, column 'c': expected a label .*, got -1; number"),
+    "enormous": (["c,a", "4e9,0"], "line 2, column 'c': expected a label .*, got 4e"),
+    "too few": (["a,b", "1,2", "3,4"], "x: expected at least 3 rows to split, got 2; give more"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CSV)
+def test_a_bad_csv_is_one_line_that_says_where(tmp_path, kind):
+    lines, message = BAD_CSV[kind]
+    path = as_csv(tmp_path / "mine.csv", *lines)
+    with pytest.raises(DatasetError, match=rf"^{path}[,:] {message}") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_csv_that_is_no_text_is_an_error(tmp_path):
+    for content in (b"\xff\xfe\x00", b"a,b\n1,\xff\n", gzip.compress(b"a,b\n1,2\n")):
+        path = write(tmp_path / "mine.csv", content)
+        with pytest.raises(DatasetError, match=rf"^{path}: expected lines of numbers .*; get the"):
+            load(str(path))
+
+
+def test_what_is_missing_in_a_table_is_an_error_that_says_where(tmp_path):
+    x = TABLE.copy()
+    x[4, 2] = np.nan
+    np.save(tmp_path / "mine.npy", x)
+    with pytest.raises(DatasetError, match=r"x: expected finite .*got nan in row 4, column 2 \(fr"):
+        load(str(tmp_path / "mine.npy"))
+
+
+def test_labels_of_a_table_are_counted_in_rows(tmp_path):
+    path = save(tmp_path / "mine.npz", x=TABLE, c=np.arange(3))
+    with pytest.raises(
+        DatasetError, match=r"one for each of 30 rows, .*, and give one for each ro"
+    ):
+        load(str(path))

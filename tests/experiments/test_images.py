@@ -11,7 +11,13 @@ from experiments import images, mnist_cvae, mnist_vae, pictures, runs, svhn_vae
 from inference import DoublyReparameterized, FreeBits, KLWarmUp, StickingTheLanding, encode
 from models import vae
 from models.conditions import Labels
-from models.likelihoods import LIKELIHOODS
+from models.likelihoods import (
+    LIKELIHOODS,
+    PIXEL_LIKELIHOODS,
+    Bernoulli,
+    NegativeBinomial,
+    Normal,
+)
 
 FIGURES = {"elbo", "reconstructions", "samples", "latents", "interpolations"}
 
@@ -275,7 +281,7 @@ def test_impossible_settings_are_refused(settings, message):
 # --- figures --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(LIKELIHOODS))
+@pytest.mark.parametrize("name", list(PIXEL_LIKELIHOODS))
 def test_pictures_are_on_the_scale_of_grey(name):
     model = vae.Model(likelihood=LIKELIHOODS[name])
     low, high = model.likelihood.low, model.likelihood.high
@@ -306,3 +312,58 @@ def test_a_notebook_draws_with_the_fit_and_data_alone(run_of):
     theirs = pictures.interpolations(run.fit, test, "title", encode(run.fit, test))
     shown = [figure.axes[0].images[0].get_array() for figure in (ours, theirs)]
     np.testing.assert_allclose(*shown, atol=1e-5)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def table_file(path):
+    """Rows around one of three points, in units that differ by a factor of 1e5."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 3, 120)
+    x = (rng.normal(size=(3, 4))[label] * 3 + rng.normal(size=(120, 4))) * [1, 1e3, 1e-2, 1]
+    lines = [",".join(map(str, [*row, c])) for row, c in zip(x, label, strict=True)]
+    path.write_text("\n".join(["a,b,c1,d,label", *lines]))
+    return str(path)
+
+
+SMALL = {"hidden": (4,), "num_latents": 2, "num_epochs": 2, "num_samples": 5, "progress": False}
+
+
+def test_a_table_runs_without_pictures_and_opens_again(tmp_path):
+    path = tmp_path / "run"
+    config = mnist_cvae.Config(
+        dataset=table_file(tmp_path / "mine.csv"), out=path, num_label_samples=2, **SMALL
+    )
+    result = mnist_cvae.main(config)
+    assert {found.stem for found in path.glob("*.png")} == {"elbo"}
+    assert result["bits_per_dim"] is None
+    assert "nats per row" in images.table(result)
+    assert "image" not in images.table(result)
+    run = runs.load(path)
+    data = run.data()
+    likelihood = run.fit.model.likelihood
+    np.testing.assert_allclose(likelihood.x_mean, data.train["x"].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(likelihood.x_std, data.train["x"].std(0), rtol=1e-5)
+    assert run.tree["evaluation"].log_likelihood.shape == (1, len(data.test["x"]))
+
+
+def test_a_table_chooses_its_likelihood(tmp_path):
+    config = mnist_vae.Config(dataset=table_file(tmp_path / "mine.csv"))
+    record = config.data().record
+    assert record.x_shape == (4,)  # the label is no column of x
+    assert config.model(record).likelihood == Normal(record.x_mean, record.x_std)
+    counts = replace(record, x_mean=(1.0, 2.0, 3.0, 4.0))
+    other = replace(config, likelihood="negative-binomial").model(counts)
+    assert other.likelihood == NegativeBinomial(counts.x_mean)
+    assert replace(config, likelihood="bernoulli").model(record).likelihood == Bernoulli()
+    with pytest.raises(ValueError, match=r"x_std: .*constant column 1 \(from 0\)"):
+        config.model(replace(record, x_std=(1.0, 0.0, 1.0, 1.0)))
+    with pytest.raises(ValueError, match="channels: expected none for vectors of 4 numbers"):
+        replace(config, channels=(4,)).model(record)
+
+
+def test_images_take_no_likelihood_of_tables(digits):
+    config = mnist_vae.Config(dataset="digits", likelihood="normal")
+    with pytest.raises(ValueError, match=r"likelihood: expected .* images of digits, got 'normal'"):
+        config.model(digits.record)
