@@ -128,12 +128,13 @@ def _check_values(
     passed.add(digest)
 
 
-def require_local(judged: Judged, name: str) -> None:
+def require_local(judged: Judged, name: str, *, allows_globals: bool = False) -> None:
     """Raises ValueError for programs that give no number to a single datum.
 
     Args:
         judged: the data and the facts about the programs.
         name: the judge's.
+        allows_globals: whether the judge has a number for a datum given the global sites.
     """
     programs = judged.programs
     if not programs.plates:
@@ -141,11 +142,11 @@ def require_local(judged: Judged, name: str) -> None:
             f"{name}: expected a model with a plate for its data, whose terms belong to data, got "
             f'one without; put the data in numpyro.plate("data", len(x))'
         )
-    if programs.has_globals:
+    if programs.has_globals and not allows_globals:
         raise ValueError(
             f"{name}: expected latent sites with one value for each datum, got the global site "
             f"{programs.globals[0]!r}, which all data share and no datum's number can hold; use "
-            f"sample_posterior and pointwise_log_likelihood"
+            f"log_predictive_density"
         )
 
 

@@ -4,6 +4,7 @@ A judge takes a fit and data, and answers for every seed at once. Where the fit 
 ``preprocess``, the data are prepared: ``test = result.prepare(data)``.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from inference._judges import Judged, compiled, default_key, judged_data, over_d
 from inference._settings import require_whole
 from inference._summation import summed_log_weight
 from inference.fit import Fit
-from inference.sites import DataPlates, Program, elementwise_kl, length
+from inference.sites import DataPlates, Program, elementwise_kl, length, trace_of
 
 DRAWS_AT_ONCE = 20  # of every datum of a batch, in memory together
 FEWEST_FOR_TAIL = 30  # draws: six of them make the smallest tail that ArviZ can fit
@@ -38,6 +39,8 @@ class Estimate:
         data: the type, shape and hash of each array that was judged.
         monte_carlo_variance: (seed, N), the variance that comes from the Monte Carlo draws (to
             first order in 1 / num_samples), where it is known.
+        shared_error: (seed,), the Monte Carlo error of the mean where all data share draws of
+            global sites. Then the errors of single data do not average out.
         pareto_k: (seed, N), the shape k-hat of the tail of each datum's importance weights
             (Vehtari et al. 2024, section 3), from 30 draws on. -inf if
             all weights in the tail are equal (the lightest possible tail). NaN if none could be
@@ -50,6 +53,7 @@ class Estimate:
     data: dict[str, str]
     monte_carlo_variance: Float[np.ndarray, "seed N"] | None = None
     pareto_k: Float[np.ndarray, "seed N"] | None = None
+    shared_error: Float[np.ndarray, " seed"] | None = None
 
     @property
     def estimate(self) -> Float[np.ndarray, " seed"]:
@@ -65,6 +69,8 @@ class Estimate:
     @property
     def monte_carlo_error(self) -> Float[np.ndarray, " seed"]:
         """The error of the mean that comes from the draws: how much it would move on these data."""
+        if self.shared_error is not None:
+            return self.shared_error
         if self.monte_carlo_variance is None:
             return np.full(len(self.pointwise), np.nan)
         return np.sqrt(np.sum(self.monte_carlo_variance, axis=1)) / self.pointwise.shape[1]
@@ -86,10 +92,16 @@ class Estimate:
 class ElboTerms:
     """The ELBO of each datum, and its terms.
 
+    With global sites every term is an expectation over their q, and ``elbo`` is a bound on
+    E_q [log p(x | c, globals)]: the divergence of the globals, ``kl_of_globals``, is no part of it.
+
     Attributes:
         elbo, reconstruction, kl: with elbo = reconstruction - kl. The divergence is exact where
             the program has one latent site and NumPyro knows the formula, and else the mean over
             draws of log q(z | x, c) - log p(z | c).
+        kl_by_site: by local site, its part of ``kl``: the mean over draws of log q - log p of this
+            site, given the sites before.
+        kl_of_globals: by global site, (seed,), likewise, in nats per datum of the training data.
         kl_per_dim: by latent site, (seed, N, dimensions), where guide and prior factorise over
             dimensions and NumPyro knows the formula.
         z_loc: by latent site, (seed, N, dimensions), the mean of q(z | x, c).
@@ -98,6 +110,8 @@ class ElboTerms:
     elbo: Estimate
     reconstruction: Estimate
     kl: Estimate
+    kl_by_site: dict[str, Estimate]
+    kl_of_globals: dict[str, Float[np.ndarray, " seed"]]
     kl_per_dim: dict[str, Float[np.ndarray, "seed N z"]]
     z_loc: dict[str, Float[np.ndarray, "seed N z"]]
 
@@ -172,7 +186,8 @@ def pointwise_elbo(
 ) -> Estimate:
     """The ELBO of each datum: the mean over draws of log p(x, z | c) - log q(z | x, c).
 
-    Sites that the objective sums over are summed exactly.
+    Sites that the objective sums over are summed exactly. With global sites it is the mean over
+    their draws, and their divergence is no part of it.
 
     Args:
         result: what ``fit`` returned.
@@ -186,9 +201,9 @@ def pointwise_elbo(
         Nats per datum, (seed, N).
 
     Raises:
-        ValueError: global sites, or data that the programs refuse.
+        ValueError: data that the programs refuse; a model without a plate for its data.
     """
-    judged, key = _enter("pointwise_elbo", result, data, key, num_samples)
+    judged, key = _enter("pointwise_elbo", result, data, key, num_samples, allows_globals=True)
     judge = compiled(_mean_log_weight, *_programs(result, judged), num_samples)
     values = over_data(judge, result, judged, key, batch_size, progress, "ELBO")
     return Estimate("elbo", values, num_samples, judged.described)
@@ -211,7 +226,7 @@ def elbo_terms(
     Raises:
         ValueError: as in ``pointwise_elbo``; sites that the objective sums over.
     """
-    judged, key = _enter("elbo_terms", result, data, key, num_samples)
+    judged, key = _enter("elbo_terms", result, data, key, num_samples, allows_globals=True)
     if judged.programs.summed:
         raise ValueError(
             f"elbo_terms: expected latent sites that the guide draws, got "
@@ -220,11 +235,20 @@ def elbo_terms(
         )
     judge = compiled(_mean_terms, *_programs(result, judged)[:3], num_samples)
     found = over_data(judge, result, judged, key, batch_size, progress, "ELBO")
-    terms = {
-        name: Estimate(name, found[name], num_samples, judged.described)
-        for name in ("elbo", "reconstruction", "kl")
-    }
-    return ElboTerms(**terms, kl_per_dim=found["kl_per_dim"], z_loc=found["z_loc"])
+
+    def estimate(name: str, values: Any) -> Estimate:
+        return Estimate(name, values, num_samples, judged.described)
+
+    return ElboTerms(
+        **{name: estimate(name, found[name]) for name in ("elbo", "reconstruction", "kl")},
+        kl_by_site={n: estimate(f"kl of {n}", v) for n, v in found["kl_by_site"].items()},
+        kl_of_globals={
+            name: values.mean(1) / result.config["num_data"]
+            for name, values in found["kl_of_globals"].items()
+        },
+        kl_per_dim=found["kl_per_dim"],
+        z_loc=found["z_loc"],
+    )
 
 
 def log_likelihood(
@@ -250,7 +274,7 @@ def log_likelihood(
         batch_size: data at a time.
 
     Raises:
-        ValueError: as in ``pointwise_elbo``.
+        ValueError: as in ``pointwise_elbo``; global sites: see ``log_predictive_density``.
     """
     judged, key = _enter("log_likelihood", result, data, key, num_samples)
     num_largest = _tail_length(num_samples) + 1 if num_samples >= FEWEST_FOR_TAIL else 0
@@ -261,6 +285,80 @@ def log_likelihood(
     if num_largest:
         pareto_k = np.stack([_pareto_k(of_seed, num_samples) for of_seed in largest])
     return Estimate("log_likelihood", values, num_samples, judged.described, variance, pareto_k)
+
+
+def log_predictive_density(
+    result: Fit,
+    data: Any,
+    *,
+    key: Array | None = None,
+    num_samples: int = 1000,
+    num_local_samples: int = 100,
+    batch_size: int = 100,
+    progress: bool = False,
+) -> Estimate:
+    """log p(x_n | c_n, training data) of every datum, with the globals' posterior replaced by q.
+
+    log (1 / S) sum_s p(x_n | c_n, theta_s). The theta_s are draws of the global sites from the
+    guide. They are not weighted, and all data share them. p(x_n | c_n, theta_s) is a formula where
+    the model has no local sites. Else it is the mean importance weight of ``num_local_samples``
+    draws.
+    Without global sites it is ``log_likelihood`` with as many local draws. (Gelman et al. 2014,
+    section 2.4, call it the log pointwise predictive density.)
+
+    The mean over the data has the Monte Carlo error ``shared_error``: by the delta method, from the
+    deviation between draws of sum_n p(x_n | theta_s) / mean_s p(x_n | theta_s).
+
+    Args:
+        result, data, key, progress: as in ``pointwise_elbo``.
+        num_samples: S, joint draws of the global sites.
+        num_local_samples: draws of the local sites for each datum and each of those.
+        batch_size: data at a time.
+
+    Raises:
+        ValueError: as in ``pointwise_elbo``; sites that the objective sums over.
+    """
+    name = "log_predictive_density"
+    judged, key = _enter(name, result, data, key, num_samples, allows_globals=True)
+    require_whole("num_local_samples", num_local_samples, 1)
+    programs = judged.programs
+    if programs.summed:
+        raise ValueError(
+            f"{name}: expected latent sites that the guide draws, got {programs.summed[0]!r}, "
+            f"which is summed over; observe it, or use pointwise_elbo"
+        )
+    if not programs.has_globals:
+        num_samples, num_local_samples = 1, num_samples * num_local_samples
+    shared = tuple(n for n, axes in programs.latents.items() if axes.data_axis is None)
+    sizes = num_samples, num_local_samples if len(shared) < len(programs.latents) else 1
+    judge = compiled(_predictive, result.model, result.guide, programs.plates, shared, *sizes)
+    ratios = np.zeros((result.num_seeds, num_samples))
+    seeds = itertools.cycle(range(result.num_seeds))  # in the order in which they are judged
+
+    def one_batch(values: Any, batch_key: Array, batch: Any, is_new: Any) -> Any:
+        *found, of_batch = judge(values, key, batch_key, batch, is_new)
+        ratios[next(seeds)] += np.asarray(of_batch, np.float64)
+        return tuple(found)
+
+    def is_new(_: int, rows: np.ndarray) -> np.ndarray:
+        return np.append(True, np.diff(rows) > 0)  # the last batch is filled up with its last datum
+
+    values, variance = over_data(
+        one_batch, result, judged, key, batch_size, progress, "log p", is_new
+    )
+    error = np.full(result.num_seeds, np.nan)
+    if num_samples > 1:
+        error = ratios.std(1, ddof=1) / np.sqrt(num_samples) / values.shape[1]
+    elif not programs.has_globals:
+        error = np.sqrt(variance.sum(1)) / values.shape[1]
+    return Estimate(
+        name,
+        values,
+        num_samples,
+        judged.described,
+        monte_carlo_variance=variance,
+        shared_error=error,
+    )
 
 
 def label_check(
@@ -384,13 +482,18 @@ def check_draws(
 
 
 def _enter(
-    name: str, result: Fit, data: Any, key: Array | None, num_samples: int
+    name: str,
+    result: Fit,
+    data: Any,
+    key: Array | None,
+    num_samples: int,
+    allows_globals: bool = False,
 ) -> tuple[Judged, Array]:
     """The checks of a judge that has a number for each datum."""
     require_whole("num_samples", num_samples, 1)
     judged = judged_data(result, data)
-    require_local(judged, name)
     programs = judged.programs
+    require_local(judged, name, allows_globals=allows_globals and not programs.summed)
     if programs.summed and programs.enumerated:
         raise ValueError(
             f"{name}: expected discrete sites that the model sums over or the guide draws, got "
@@ -420,6 +523,11 @@ def _run(
     return log_q, q_sites, log_p, p_sites
 
 
+def _local(terms: Mapping[str, Array], sites: Mapping[str, Any], plates: DataPlates) -> Any:
+    """The terms of the sites with a value for each datum."""
+    return {name: term for name, term in terms.items() if plates.hold(sites[name])}
+
+
 def _log_weight(
     model: Program,
     guide: Program,
@@ -435,8 +543,8 @@ def _log_weight(
         if sums:
             return summed_log_weight(model, guide, plates, params, data, key)
         log_q, q_sites, log_p, p_sites = _run(model, guide, params, data, key)
-        log_p = plates.sum_by_datum(log_p, p_sites, size)
-        return log_p - plates.sum_by_datum(log_q, q_sites, size)
+        log_p = plates.sum_by_datum(_local(log_p, p_sites, plates), p_sites, size)
+        return log_p - plates.sum_by_datum(_local(log_q, q_sites, plates), q_sites, size)
 
     return draw
 
@@ -468,6 +576,44 @@ def _importance(
 ) -> Any:
     draw = _log_weight(model, guide, plates, sums, params, batch)
     return _importance_sample(draw, key, num_samples, num_largest)
+
+
+def _predictive(
+    model: Program,
+    guide: Program,
+    plates: DataPlates,
+    shared: tuple[str, ...],
+    num_samples: int,
+    num_local_samples: int,
+    params: PyTree,
+    key: Array,
+    batch_key: Array,
+    batch: Mapping[str, Array],
+    is_new: Bool[Array, " N"],
+) -> tuple[Float[Array, " N"], Float[Array, " N"], Float[Array, " draw"]]:
+    """log p(x), the variance of that log over draws of the globals, and for each such draw the sum
+    over the data of p(x | globals) / p(x).
+    """
+    at_once = min(num_local_samples, DRAWS_AT_ONCE)
+
+    def given_globals(keys: tuple[Array, Array]) -> tuple[Array, Array]:
+        first = trace_of(guide, keys[0], params, **batch)
+        same = {n: s["value"] for n, s in first.items() if n in shared}
+        draw = _log_weight(model, guide, plates, False, params | same, batch)
+        if num_local_samples == 1:
+            log_w = draw(keys[1])
+            return log_w, jnp.zeros_like(log_w)
+        return _importance_sample(draw, keys[1], num_local_samples)[:2]
+
+    keys = random.split(key, num_samples), random.split(batch_key, num_samples)
+    log_p, within = lax.map(given_globals, keys, batch_size=max(1, DRAWS_AT_ONCE // at_once))
+    greatest = log_p.max(0)
+    safe = jnp.where(jnp.isfinite(greatest), greatest, 0)
+    weights = jnp.exp(log_p - safe)
+    mean = weights.mean(0)
+    ratios = weights / jnp.where(mean > 0, mean, 1)
+    spread = ratios.var(0, ddof=1) / num_samples if num_samples > 1 else within[0]
+    return safe + jnp.log(mean), spread, jnp.where(is_new, ratios, 0).sum(1)
 
 
 def _under_labels(
@@ -542,6 +688,12 @@ def _terms(
     """The terms of the ELBO at one draw."""
     log_q, q_sites, log_p, p_sites = _run(model, guide, params, data, key)
     size = length(data)
+    of_globals = {
+        name: jnp.broadcast_to((log_q[name] - log_p[name]).sum(), (size,))
+        for name in log_q
+        if name in log_p and not plates.hold(q_sites[name])
+    }
+    log_q, log_p = _local(log_q, q_sites, plates), _local(log_p, p_sites, plates)
 
     def by_datum(site: Any, values: Array) -> Float[Array, "N z"]:
         axis = plates.axis(site) - site["fn"].event_dim
@@ -555,14 +707,21 @@ def _terms(
         divergence = elementwise_kl(q_sites[name]["fn"], p_sites[name]["fn"])
         if divergence is not None:
             per_dim[name] = by_datum(q_sites[name], divergence)
+    by_site = {
+        name: plates.sum_by_datum({name: log_q[name]}, q_sites, size)
+        - plates.sum_by_datum({name: prior[name]}, p_sites, size)
+        for name in latents
+    }
     kl = plates.sum_by_datum(log_q, q_sites, size) - plates.sum_by_datum(prior, p_sites, size)
     if len(latents) == len(log_q) == len(prior) == len(per_dim) == 1:
-        kl = per_dim[latents[0]].sum(1)
+        kl = by_site[latents[0]] = per_dim[latents[0]].sum(1)
     reconstruction = plates.sum_by_datum(observed, p_sites, size)
     return {
         "elbo": reconstruction - kl,
         "reconstruction": reconstruction,
         "kl": kl,
+        "kl_by_site": by_site,
+        "kl_of_globals": of_globals,
         "kl_per_dim": per_dim,
         "z_loc": {n: by_datum(q_sites[n], mean(q_sites[n]["fn"], key)) for n in latents},
     }

@@ -6,12 +6,13 @@ no datum axis.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax import lax, random
 from jaxtyping import Array, Float
 from numpyro.handlers import condition, seed, substitute, trace
@@ -36,6 +37,7 @@ from inference.sites import (
     DataPlates,
     Program,
     Site,
+    abstract,
     is_auxiliary,
     is_latent,
     length,
@@ -76,7 +78,12 @@ def sample_prior_predictive(
 
 
 def sample_posterior(
-    result: Fit, data: Any, num_samples: int = 1, *, key: Array | None = None
+    result: Fit,
+    data: Any,
+    num_samples: int = 1,
+    *,
+    key: Array | None = None,
+    return_sites: Iterable[str] | None = None,
 ) -> Values:
     """Draws of the latent sites from the guide, q(z | x, c).
 
@@ -85,25 +92,33 @@ def sample_posterior(
         data: as the programs take them, or ``result.prepare(data)``.
         num_samples: draws for each datum.
         key: a random key. A fixed one by default.
+        return_sites: the sites to return. All by default.
 
     Returns:
         By latent site, (seed, draw, datum, ...); a global site (seed, draw, ...).
 
     Raises:
-        ValueError: data that the programs refuse.
+        ValueError: data that the programs refuse; unknown sites.
+        MemoryError: the draws would fill more than half of the free memory.
     """
     judged = judged_data(result, data)
     key = default_key(key, "sample_posterior")
-    return _posterior(result, judged, _posterior_draws, num_samples, key)
+    sites = _chosen(return_sites, judged.programs.latents)
+    return _posterior(result, judged, _posterior_draws, num_samples, key, sites)
 
 
 def sample_posterior_predictive(
-    result: Fit, data: Any, num_samples: int = 1, *, key: Array | None = None
+    result: Fit,
+    data: Any,
+    num_samples: int = 1,
+    *,
+    key: Array | None = None,
+    return_sites: Iterable[str] | None = None,
 ) -> Values:
     """Draws of the observed sites, given latents from the guide.
 
     Args:
-        result, data, num_samples, key: as in ``sample_posterior``.
+        result, data, num_samples, key, return_sites: as in ``sample_posterior``.
 
     Returns:
         By observed site, (seed, draw, datum, ...).
@@ -113,7 +128,8 @@ def sample_posterior_predictive(
     """
     judged = judged_data(result, data)
     key = default_key(key, "sample_posterior_predictive")
-    return _posterior(result, judged, _predictive_draws, num_samples, key)
+    sites = _chosen(return_sites, judged.programs.observed)
+    return _posterior(result, judged, _predictive_draws, num_samples, key, sites)
 
 
 def encode(result: Fit, data: Any, *, key: Array | None = None) -> Values:
@@ -133,7 +149,8 @@ def encode(result: Fit, data: Any, *, key: Array | None = None) -> Values:
     if key is not None:
         return {n: v[:, 0] for n, v in sample_posterior(result, data, 1, key=key).items()}
     key = default_key(None, "encode")
-    return _posterior(result, judged, _posterior_means, 1, key, squeeze=True)
+    sites = tuple(judged.programs.latents)
+    return _posterior(result, judged, _posterior_means, 1, key, sites, squeeze=True)
 
 
 def decode(result: Fit, latents: Mapping[str, Any], **conditions: Any) -> Values:
@@ -294,14 +311,18 @@ def _posterior(
     function: Callable[..., Any],
     num_samples: int,
     key: Array,
+    sites: tuple[str, ...],
     squeeze: bool = False,
 ) -> Values:
-    """Draws that a function makes batch by batch, (seed, draw, datum, ...)."""
+    """Draws of some sites that a function makes batch by batch, (seed, draw, datum, ...)."""
     require_whole("num_samples", num_samples, 1)
     programs = judged.programs
     axes = programs.latents | programs.observed
     shared = tuple(name for name in axes if axes[name].data_axis is None)
-    draw = compiled(function, result.model, result.guide, programs.plates, shared, num_samples)
+    statics = result.model, result.guide, programs.plates, shared
+    draw = compiled(_chosen_draws, function, sites, *statics, num_samples)
+    one = compiled(_chosen_draws, function, sites, *statics, 1)
+    _check_memory(result, judged, one, num_samples)
     whole: dict[str, list[Any]] = {}
 
     def one_batch(values: Any, batch_key: Array, batch: Any) -> Any:
@@ -318,7 +339,55 @@ def _posterior(
     return {name: values[:, 0] for name, values in found.items()} if squeeze else found
 
 
+def _chosen(names: Iterable[str] | None, sites: Mapping[str, Any]) -> tuple[str, ...]:
+    """The sites to return.
+
+    Raises:
+        ValueError: a site is none of ``sites``.
+    """
+    chosen = tuple(sites if names is None else names)
+    for name in chosen:
+        if name not in sites:
+            raise ValueError(
+                f"return_sites: expected some of {', '.join(sites) or 'none'}, got {name!r}"
+            )
+    return chosen
+
+
+def _check_memory(
+    result: Fit, judged: Judged, one: Callable[..., Values], num_samples: int
+) -> None:
+    """Raises MemoryError for draws that would fill more than half of the free memory.
+
+    Args:
+        result: the fit.
+        judged: the data.
+        one: what makes a single draw.
+        num_samples: draws for each datum.
+    """
+    num_data, size = length(judged.arrays), DATA_AT_ONCE
+    size = min(size, num_data) if judged.programs.takes_batches else num_data
+    batch = abstract(judged.arrays, size)
+    shapes = jax.eval_shape(one, values_of(result, 0), random.key(0), random.key(0), batch)
+    axes = judged.programs.latents | judged.programs.observed
+    data = {n: num_data / size if axes[n].data_axis is not None else 1 for n in shapes}
+    a_draw = sum(data[n] * a.size * a.dtype.itemsize for n, a in shapes.items()) * result.num_seeds
+    free = psutil.virtual_memory().available / 2
+    if a_draw * num_samples > free:
+        raise MemoryError(
+            f"num_samples: expected draws that fill at most half of the free memory, "
+            f"{free / 1e9:.3g} GB, got {num_samples}, which fill {a_draw * num_samples / 1e9:.3g} "
+            f"GB; ask for at most {int(free // a_draw)}, for fewer data, or for fewer sites "
+            f"(return_sites)"
+        )
+
+
 # --- one batch ------------------------------------------------------------------------------------
+
+
+def _chosen_draws(function: Callable[..., Values], sites: tuple[str, ...], *args: Any) -> Values:
+    """The draws of some sites. XLA leaves out what only the others need."""
+    return {name: values for name, values in function(*args).items() if name in sites}
 
 
 class _Unobserved(Messenger):

@@ -297,3 +297,59 @@ def test_conditions_that_the_model_refuses_are_refused():
     ):
         with pytest.raises(ValueError, match="c: expected at most 1"):
             call()
+
+
+# --- chosen sites, and memory ---------------------------------------------------------------------
+
+
+def shared_model(x=None):
+    mu = numpyro.sample("mu", dist.Normal(0, 2.0))
+    with numpyro.plate("rows", 1 if x is None else len(x)):
+        z = numpyro.sample("z", dist.Normal(mu, 1.0))
+        numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def shared_guide(x):
+    mu = numpyro.sample("mu", dist.Normal(1.0, 2.0))
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("z", dist.Normal(mu, 1.0))
+
+
+def test_only_the_chosen_sites_are_returned():
+    data = {"x": np.zeros(6, np.float32)}
+    result = Fit.from_params(shared_model, shared_guide, {}, example=data)
+    whole = sample_posterior(result, data, 5)
+    for sites in (["mu"], ["z"]):
+        some = sample_posterior(result, data, 5, return_sites=sites)
+        assert list(some) == sites
+        np.testing.assert_array_equal(some[sites[0]], whole[sites[0]])
+    with pytest.raises(ValueError, match="return_sites: expected some of mu, z, got 'x'"):
+        sample_posterior(result, data, return_sites=["x"])
+    assert sample_posterior_predictive(result, data, return_sites=["x"])["x"].shape == (1, 1, 6)
+
+
+def test_a_shared_draw_correlates_the_data(monkeypatch):
+    """x_n = mu + noise of its own: Cov(x_n, x_m) = 4, Var(x_n) = 5.25, in other batches too."""
+    data = {"x": np.zeros(6, np.float32)}
+    result = Fit.from_params(shared_model, shared_guide, {}, example=data)
+    monkeypatch.setattr(generation, "DATA_AT_ONCE", 4)
+    draws = sample_posterior_predictive(result, data, 4000)["x"][0]
+    correlation = np.corrcoef(draws.T)[np.triu_indices(6, 1)]
+    expected = 4 / 5.25
+    assert abs(correlation - expected).max() < 4.5 * (1 - expected**2) / np.sqrt(4000)
+
+
+def test_draws_that_do_not_fit_into_memory_are_refused(monkeypatch):
+    """Half of the free memory, 1,000 bytes: a draw of mu and six z takes 28."""
+    data = {"x": np.zeros(6, np.float32)}
+    result = Fit.from_params(shared_model, shared_guide, {}, example=data)
+
+    class Memory:
+        available = 2000
+
+    monkeypatch.setattr(generation.psutil, "virtual_memory", Memory)
+    assert sample_posterior(result, data, 35)["z"].shape == (1, 35, 6)
+    message = r"got 36, which fill 1.01e-06 GB; ask for at most 35, for fewer data"
+    with pytest.raises(MemoryError, match=message):
+        sample_posterior(result, data, 36)
+    assert sample_posterior(result, data, 250, return_sites=["mu"])["mu"].shape == (1, 250)
