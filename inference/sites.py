@@ -386,8 +386,8 @@ def _check_drawable(name: str, site: Site) -> None:
             f"{support}; observe it, sum over it (infer={{'enumerate': 'parallel'}} and "
             f"TraceEnum_ELBO), or relax it"
         )
-    try:
-        biject_to(support)
+    try:  # of a support that the program computes, the kind alone
+        biject_to(jax.tree.map(lambda x: 0.0 if isinstance(x, jax.core.Tracer) else x, support))
     except NotImplementedError as error:
         raise ValueError(
             f"model site {name!r}: expected a support with a bijection to real numbers, got "
@@ -425,7 +425,8 @@ def _check_supports_known(
     model: Program, shapes: Batch, sites: Mapping[str, Site], computed: list[str]
 ) -> None:
     """Supports and masks may be computed from the data, not from draws or parameters."""
-    inputs = {name: s["value"] for name, s in sites.items() if is_latent(s) or s["type"] == "param"}
+    drawn = {name: s["value"] for name, s in sites.items() if is_latent(s) or s["type"] == "param"}
+    inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), drawn)
     order = list(inputs)
     sources: dict[str, set[str]] = {}
 

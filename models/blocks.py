@@ -144,13 +144,17 @@ class Plates:
     """The plates of a model, each made once for all sites of a guide."""
 
     def __init__(self, found: Outline):
-        frames = {f for site in found.latents.values() for f in site.plates}
-        self.made = {name: numpyro.plate(name, size, dim=dim) for name, dim, size in sorted(frames)}
+        frames = {frame for site in found.latents.values() for frame in site.plates}
+        self.made = {
+            frame: numpyro.plate(name, size, dim=dim)
+            for frame in sorted(frames)
+            for name, dim, size in [frame]
+        }
 
     @contextlib.contextmanager
     def around(self, site: LatentSite) -> Any:
         """The plates around a site, the outermost first."""
         with contextlib.ExitStack() as stack:
-            for name, _, _ in site.plates:
-                stack.enter_context(self.made[name])
+            for frame in site.plates:
+                stack.enter_context(self.made[frame])
             yield

@@ -21,8 +21,7 @@ def moved_inside(support: Any, value: Array) -> Array:
         support: a constraint of ``numpyro.distributions.constraints``.
         value: (..., *event), in the support or on its edge.
     """
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = _element(support)
     tiny, largest = jnp.finfo(value.dtype).tiny, jnp.finfo(value.dtype).max
     value = jnp.clip(value, -largest, largest)
     lower = getattr(support, "lower_bound", None)
@@ -149,11 +148,16 @@ class Unconstrained(transforms.Transform):
 
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a value, from that of its real numbers."""
-        return self.bijection.forward_shape(shape)
+        return shape if self.is_elementwise else self.bijection.forward_shape(shape)
 
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the real numbers of a value."""
-        return self.bijection.inverse_shape(shape)
+        return shape if self.is_elementwise else self.bijection.inverse_shape(shape)
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether each entry of a value has one real number. Bounds may be arrays of their own."""
+        return _element(self.support).event_dim == 0
 
     def tree_flatten(self) -> Any:
         """The arrays, and the rest."""
@@ -167,6 +171,11 @@ class Unconstrained(transforms.Transform):
 
 def is_real(support: Any) -> bool:
     """Whether every array of real numbers is in the support."""
+    return _element(support) in (constraints.real, constraints.real_vector, constraints.real_matrix)
+
+
+def _element(support: Any) -> Any:
+    """A support without the event axes that were declared on top of it."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return support in (constraints.real, constraints.real_vector, constraints.real_matrix)
+    return support

@@ -305,7 +305,12 @@ def _check_names(found: Outline, guide: Guide) -> None:
 def _loc_scale(block: Block, start: Start, numbers: Numbers) -> tuple[Array, Array]:
     """Location and scale of every entry, (N, *plates, size), in the coordinates of ``start``."""
     loc, raw = (block.entries(numbers[group]) for group in ("loc", "raw"))
-    return start.median + start.spread * loc, start.spread * positive(raw)
+    return start.median + start.spread * loc, start.spread * _unit_scale(raw)
+
+
+def _unit_scale(raw: Array) -> Array:
+    """Scales that are 1 at 0, so that a guide starts as wide as the prior."""
+    return positive(raw + math.log(math.e - 1))
 
 
 def _residuals(past: Sequence[Drawn]) -> Array:
@@ -313,7 +318,7 @@ def _residuals(past: Sequence[Drawn]) -> Array:
     parts = []
     for block, numbers, real in past:
         loc, raw = (block.entries(numbers[group]) for group in ("loc", "raw"))
-        parts.append(((real - loc) / positive(raw)).reshape(len(real), -1))
+        parts.append(((real - loc) / _unit_scale(raw)).reshape(len(real), -1))
     return jnp.concatenate(parts, axis=1)
 
 

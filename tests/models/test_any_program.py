@@ -15,7 +15,7 @@ from numpyro.infer.util import log_density
 from scipy import special, stats
 
 from inference import Fit, elbo_terms, fit, sample_posterior
-from inference.sites import array_kinds, trace_of
+from inference.sites import array_kinds, is_fixed, trace_of
 from models import encoders, guides
 from models.coordinates import Unconstrained, moved_inside
 from models.guides import LowRank
@@ -35,7 +35,8 @@ def everything(c, x=None):
     with numpyro.plate("data", len(c), dim=-2):
         rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
         with numpyro.plate("times", 4, dim=-1):
-            z = numpyro.sample("z", dist.Normal(rate, 1).expand([2]).to_event(1))
+            pairs = dist.Normal(rate[..., None], 1).expand([len(c), 4, 2])
+            z = numpyro.sample("z", pairs.to_event(1))
     with numpyro.plate("data", len(c)):
         share = numpyro.sample("share", dist.Uniform(2.0, 3.0))
         mean = z.sum((-1, -2)) * share + c * (topic @ weights).sum()
@@ -61,6 +62,13 @@ def start(guide, data, key=KEY):
     return jax.jit(params)()
 
 
+def abstract_sites(program, data):
+    """The sites of a program, as shapes."""
+    sites = {}
+    jax.eval_shape(lambda: sites.update(trace_of(program, KEY, {}, **data)))
+    return sites
+
+
 def log_q(guide, data, params, values):
     """log q of values, in nats, over all sites."""
     return log_density(handlers.seed(guide, KEY), (), data, params | values)[0]
@@ -73,12 +81,9 @@ def log_q(guide, data, params, values):
 @pytest.mark.parametrize("family", ["mean-field", *JOINT])
 def test_guide_and_model_agree(family, options):
     """In the sites' names, event shapes, batch shapes, plates and supports."""
-    data, found = everything_data(), []
-    for program in (everything, guides.make(family, everything, **options)):
-        sites = {}
-        jax.eval_shape(lambda p=program, s=sites: s.update(trace_of(p, KEY, {}, **data)))
-        found.append(sites)
-    model, guide = found
+    data = everything_data()
+    model = abstract_sites(everything, data)
+    guide = abstract_sites(guides.make(family, everything, **options), data)
     drawn = [name for name, site in guide.items() if site["type"] == "sample"]
     assert set(drawn) == {*LOCAL, *GLOBAL}
     assert set(drawn[:3]) == set(GLOBAL)  # the global ones first
@@ -95,8 +100,7 @@ def test_guide_and_model_agree(family, options):
 def test_the_order_of_a_structured_guide():
     data = everything_data()
     for order, expected in (("model", [*LOCAL]), ("reversed", [*LOCAL][::-1])):
-        sites, guide = {}, guides.structured(everything, order=order)
-        jax.eval_shape(lambda g=guide, s=sites: s.update(trace_of(g, KEY, {}, **data)))
+        sites = abstract_sites(guides.structured(everything, order=order), data)
         assert [name for name in sites if name in LOCAL] == expected
     with pytest.raises(ValueError, match="order: expected model or reversed, got 'back'"):
         guides.structured(everything, order="back")
@@ -105,27 +109,51 @@ def test_the_order_of_a_structured_guide():
 # --- densities ------------------------------------------------------------------------------------
 
 
+def any_params(guide, data):
+    """Parameters that no training made. Coordinates are measured from 0, in units of 1."""
+    rng, params = np.random.default_rng(0), {}
+    for name, site in abstract_sites(guide, data).items():
+        if is_fixed(site):
+            params[name] = jax.tree.map(lambda p: jnp.ones(p.shape, p.dtype), site["value"])
+            for start in params[name]["latents"].values():
+                start["median"] *= 0
+        elif site["type"] == "param":
+            draw = lambda p: jnp.asarray(rng.normal(size=p.shape) / 5, p.dtype)  # noqa: E731
+            params[name] = jax.tree.map(draw, site["value"])
+    return params
+
+
+def shared_and_own(x):
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+    with numpyro.plate("data", len(x)):
+        rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
+        z = numpyro.sample("z", dist.Dirichlet(jnp.ones(3)))
+        numpyro.sample("x", dist.Normal(z @ jnp.arange(3.0) * rate, scale), obs=x)
+
+
 @pytest.mark.parametrize("family", ["mean-field", *JOINT])
 def test_the_density_is_finite_at_draws_of_the_model(family):
-    """And it is the guide's own: the same for a draw and for its value given back."""
-    data, guide = everything_data(), guides.make(family, everything)
+    """And a draw given back has the density that it was drawn with."""
+    data, guide = {"x": jnp.arange(3.0)}, guides.make(family, shared_and_own)
+    params = any_params(guide, data)
 
     @jax.jit
-    def run():
-        params = start(guide, data)
-        of_model = trace_of(everything, KEY, {}, **data)
-        values = {name: of_model[name]["value"] for name in (*LOCAL, *GLOBAL)}
+    def run(params):
+        of_model = trace_of(shared_and_own, KEY, {}, **data)
+        names = ("scale", "rate", "z")
+        values = {name: of_model[name]["value"] for name in names}
         own = trace_of(guide, KEY, params, **data)
-        draws = {name: own[name]["value"] for name in values}
-        remembered = sum(
-            own[n]["fn"].log_prob(own[n]["value"], *map(list, [own[n]["intermediates"]])).sum()
-            if own[n]["intermediates"]
-            else own[n]["fn"].log_prob(own[n]["value"]).sum()
-            for n in draws
+        draws = {name: own[name]["value"] for name in names}
+        remembered = [
+            own[n]["fn"].log_prob(own[n]["value"], own[n]["intermediates"]).sum() for n in names
+        ]
+        return (
+            log_q(guide, data, params, values),
+            log_q(guide, data, params, draws),
+            sum(remembered),
         )
-        return log_q(guide, data, params, values), log_q(guide, data, params, draws), remembered
 
-    at_model, given_back, remembered = run()
+    at_model, given_back, remembered = run(params)
     assert np.isfinite(at_model)
     np.testing.assert_allclose(given_back, remembered, rtol=1e-3)
 
@@ -139,48 +167,42 @@ def two_sites(x=None):
 
 @pytest.mark.parametrize("family", ["low-rank", "full-covariance"])
 def test_a_chain_of_gaussians_is_one_gaussian(family, monkeypatch):
-    """log q over both sites is that of the Normal with its mean and Hessian, constant and all; and
-    the covariance is F F^T + D with the numbers of the encoder, or has no zero."""
-    data = {"x": jnp.array([0.3])}
-    guide, seen = guides.make(family, two_sites), {}
+    """log q over both sites is that of the Normal with its mean and Hessian, constant and all. For
+    low rank the covariance is F F^T + D, with the numbers of the encoder."""
+    data, seen = {"x": jnp.array([0.3])}, {}
+    guide = guides.make(family, two_sites)
+    params = any_params(guide, data)
     draw = LowRank.draw
-    if family == "low-rank":
-        monkeypatch.setattr(
-            LowRank, "draw", lambda self, b, n, *rest: seen.update(n) or draw(self, b, n, *rest)
-        )
-    params = start(guide, data)
-    params["encoder"] = jax.tree.map(
-        lambda p: p + 0.3 * jnp.sin(7 * jnp.arange(p.size).reshape(p.shape)), params["encoder"]
+    monkeypatch.setattr(
+        LowRank, "draw", lambda self, b, n, *rest: seen.update(n) or draw(self, b, n, *rest)
     )
-    unit = jax.tree.map(jnp.zeros_like, params["statistics"]["latents"])
-    params["statistics"]["latents"] = {
-        n: s | {"spread": 1 + 0 * s["spread"]} for n, s in unit.items()
-    }
 
     def density(u):
         return log_q(guide, data, params, {"z1": u[None, :2], "z2": u[None, 2:]})
 
-    at = jnp.zeros(5)
-    precision = -np.asarray(jax.hessian(density)(at), np.float64)
-    mean = np.linalg.solve(precision, np.asarray(jax.grad(density)(at), np.float64))
-    exact = stats.multivariate_normal(mean, np.linalg.inv(precision))
-    for u in np.random.default_rng(0).normal(size=(3, 5)):
-        np.testing.assert_allclose(density(jnp.asarray(u, jnp.float32)), exact.logpdf(u), rtol=1e-3)
-    covariance = np.linalg.inv(precision)
-    correlation = abs(covariance[:2, 2:]) / np.sqrt(
-        np.outer(np.diag(covariance)[:2], np.diag(covariance)[2:])
-    )
-    assert correlation.min() > 1e-3
+    points = np.random.default_rng(0).normal(size=(3, 5))
+
+    @jax.jit
+    def run(points):
+        at = jnp.zeros(5)
+        values = jax.vmap(density)(points)
+        return values, jax.grad(density)(at), jax.hessian(density)(at), dict(seen)
+
+    values, gradient, hessian, numbers = run(jnp.asarray(points, jnp.float32))
+    covariance = np.linalg.inv(-np.asarray(hessian, np.float64))
+    exact = stats.multivariate_normal(covariance @ np.asarray(gradient, np.float64), covariance)
+    np.testing.assert_allclose(values, exact.logpdf(points), rtol=1e-3)
+    scales = np.sqrt(np.diag(covariance))
+    assert abs(covariance / np.outer(scales, scales))[:2, 2:].max() > 0.01
     if family == "low-rank":
-        log_q(guide, data, params, {"z1": jnp.zeros((1, 2)), "z2": jnp.zeros((1, 3))})
-        scale = np.concatenate([np.log1p(np.exp(seen[n]["raw"][0])) + 1e-4 for n in ("z1", "z2")])
-        rows = [
-            seen[n]["factor"][0].reshape(size, 2) / size**0.5 for n, size in (("z1", 2), ("z2", 3))
-        ]
+        scale, rows = [], []
+        for name, size in (("z1", 2), ("z2", 3)):
+            scale.append(np.log1p(np.exp(numbers[name]["raw"][0]) * (np.e - 1)) + 1e-4)
+            rows.append(numbers[name]["factor"][0].reshape(size, 2) / size**0.5)
+        scale = np.concatenate(scale)
         factor = scale[:, None] * np.concatenate(rows)
-        np.testing.assert_allclose(
-            covariance, factor @ factor.T + np.diag(scale**2), rtol=1e-3, atol=1e-4
-        )
+        expected = factor @ factor.T + np.diag(scale**2)
+        np.testing.assert_allclose(covariance, expected, rtol=1e-3, atol=1e-4)
 
 
 # --- exact likelihoods ----------------------------------------------------------------------------
@@ -220,7 +242,7 @@ def matrices_on_the_left(x):
 def walk(x):
     with numpyro.plate("data", len(x)):
         z = numpyro.sample("z", dist.GaussianRandomWalk(1.0, num_steps=3))
-        numpyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+        numpyro.sample("x", dist.Normal(z, 3.0).to_event(1), obs=x)
 
 
 def large_units(x):
@@ -250,7 +272,7 @@ def exact_case(model, rng):
         x = np.stack([rng.multinomial(8, rng.dirichlet(ALPHA)) for _ in range(N)])
         return {"x": x}, stats.dirichlet_multinomial(ALPHA.astype(float), 8).logpmf(x)
     if model is walk:
-        covariance = np.minimum.outer(np.arange(1, 4), np.arange(1, 4)) + np.eye(3)
+        covariance = np.minimum.outer(np.arange(1, 4), np.arange(1, 4)) + 9 * np.eye(3)
         density = stats.multivariate_normal(np.zeros(3), covariance)
         x = density.rvs(N, random_state=rng)
         return {"x": x}, density.logpdf(x)
@@ -392,8 +414,8 @@ def test_a_guide_starts_near_the_prior_in_every_unit(unit):
     # not far below the likelihood of the prior's middle: a few nats a datum, and 30 from the edge
     assert abs(elbo + np.log(unit)) < 40
     params = start(guide, {"x": x})
-    draws = jax.jit(lambda key: trace_of(guide, key, params, x=x))
-    z = np.stack([draws(k)["z"]["value"] for k in jax.random.split(KEY, 200)])
+    draw = lambda key: trace_of(guide, key, params, x=x)["z"]["value"]  # noqa: E731
+    z = jax.jit(jax.vmap(draw))(jax.random.split(KEY, 200))
     u = np.log(z / unit) / 0.5  # a standard Normal under the prior
     assert abs(np.median(u)) < 0.5
     assert 0.4 < np.diff(np.quantile(u, [0.25, 0.75]))[0] / 1.349 < 1.5
@@ -402,40 +424,42 @@ def test_a_guide_starts_near_the_prior_in_every_unit(unit):
 # --- what is measured once ------------------------------------------------------------------------
 
 
+def one_site(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
 def test_no_optimiser_moves_what_is_measured_once(tmp_path):
     """Weight decay neither; and every way to keep parameters keeps it."""
-    data = everything_data(3.0)
-    guide = guides.mean_field(everything)
-    settings = {"batch_size": 8, "progress": False, "average": 0.5}
-    settings |= {"optimizer": optax.adamw(1e-2, weight_decay=0.3)}
-    long = fit(everything, guide, data, num_steps=30, num_seeds=2, **settings)
-    short = fit(everything, guide, data, num_steps=1, num_seeds=2, **settings)
-    same = jax.tree.map(np.array_equal, long.params["statistics"], short.params["statistics"])
-    assert all(jax.tree.leaves(same))
-    moments = long.params["statistics"]["data"]
-    for name, array in data.items():  # all 24 data are measured, and not a batch of 8
-        np.testing.assert_allclose(moments[name]["mean"][0], [array.mean()], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(moments[name]["deviation"][1], [array.std()], rtol=1e-4)
-    long.save(tmp_path / "fit")
-    loaded = Fit.load(tmp_path / "fit", everything, guide)
-    known = Fit.from_params(everything, guide, long.params_of(1), example=data)
-    draws = [sample_posterior(result, data, 2) for result in (loaded.isel(seed=1), known)]
-    for name in draws[0]:
-        np.testing.assert_array_equal(draws[0][name], draws[1][name])
+    data = {"x": 3 + 2 * jnp.cos(jnp.arange(24.0))}
+    guide = guides.mean_field(one_site)
+    result = fit(
+        one_site,
+        guide,
+        data,
+        num_steps=30,
+        num_seeds=2,
+        batch_size=8,
+        average=0.5,
+        optimizer=optax.adamw(1e-2, weight_decay=0.3),
+        progress=False,
+    )
+    moments = result.params["statistics"]["data"]["x"]  # of all 24 data, and not of a batch
+    np.testing.assert_allclose(moments["mean"], [[data["x"].mean()]] * 2, rtol=1e-5)
+    np.testing.assert_allclose(moments["deviation"], [[data["x"].std()]] * 2, rtol=1e-5)
+    result.save(tmp_path / "fit")
+    loaded = Fit.load(tmp_path / "fit", one_site, guide)
+    known = Fit.from_params(one_site, guide, result.params_of(1), example=data)
+    draws = [sample_posterior(each, data, 2)["z"] for each in (loaded.isel(seed=1), known)]
+    np.testing.assert_array_equal(*draws)
 
 
 def test_parameters_are_made_on_data_from_everywhere():
     """A sorted file has its middle in the middle: the first rows alone would not show it."""
-
-    def model(x):
-        with numpyro.plate("data", len(x)):
-            z = numpyro.sample("z", dist.Normal(0, 1))
-            numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
     x = np.arange(5000, dtype=np.float32)
-    result = fit(
-        model, guides.mean_field(model), {"x": x}, batch_size=10, num_steps=1, progress=False
-    )
+    guide = guides.mean_field(one_site)
+    result = fit(one_site, guide, {"x": x}, batch_size=10, num_steps=1, progress=False)
     mean = result.params["statistics"]["data"]["x"]["mean"][0, 0]
     np.testing.assert_allclose(mean, x.mean(), rtol=1e-3)
 
@@ -587,7 +611,7 @@ def named(x):
 )
 def test_what_cannot_be_is_one_line(model, message):
     with pytest.raises(ValueError, match=message) as caught:
-        jax.eval_shape(lambda: trace_of(guides.mean_field(model), KEY, {}, x=jnp.zeros(5)))
+        abstract_sites(guides.mean_field(model), {"x": jnp.zeros(5)})
     assert "\n" not in str(caught.value)
 
 
@@ -603,7 +627,7 @@ def test_integers_of_no_known_meaning_need_an_encoder():
     data = {"group": jnp.arange(6) % 2, "x": jnp.zeros(6)}
     for is_local in (False, True):
         guide = guides.mean_field(lambda group, x, b=is_local: grouped(group, x, b))
-        run = lambda g=guide: jax.eval_shape(lambda: trace_of(g, KEY, {}, **data))  # noqa: E731
+        run = lambda g=guide: abstract_sites(g, data)  # noqa: E731
         if is_local:
             with pytest.raises(
                 ValueError, match=r"data\['group'\]: expected real .* pass encoder= "
