@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import jax
+from jax.extend.core import Jaxpr, Literal, jaxpr_as_fun
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger
@@ -49,16 +51,15 @@ class _SumsByName(Trace_ELBO):
     """``Trace_ELBO`` with its terms summed in the order of the sites' names.
 
     NumPyro sums them in the order of a set of strings. That order differs between processes, and
-    so would the rounding.
+    so would the rounding and the compiled program.
     """
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
         """The loss, and the programs' mutable state."""
         by_site = copy.copy(self)
         by_site.sum_sites = False
-        result = super(_SumsByName, by_site).loss_with_mutable_state(
-            rng_key, param_map, model, guide, *args, **kwargs
-        )
+        evaluate = super(_SumsByName, by_site).loss_with_mutable_state
+        result = in_one_order(lambda: evaluate(rng_key, param_map, model, guide, *args, **kwargs))
         return result | {"loss": sum_by_name(result["loss"])} if self.sum_sites else result
 
 
@@ -80,6 +81,38 @@ def by_name(objective: ELBO) -> ELBO:
 def sum_by_name(terms: Any) -> Any:
     """The sum of terms by site, in the order of their names. A number stays as it is."""
     return sum(terms[name] for name in sorted(terms)) if isinstance(terms, dict) else terms
+
+
+def in_one_order(fn: Callable[[], Any]) -> Any:
+    """``fn()``, with its operations in an order that the result alone decides.
+
+    Each operation comes when the result first needs it. The compiled program is then the same in
+    every process, and is found in a cache of compiled programs. Programs with side effects keep
+    their own order.
+    """
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)()
+    if not closed.effects:
+        closed = closed.replace(jaxpr=_as_needed(closed.jaxpr))
+    return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(closed)())
+
+
+def _as_needed(jaxpr: Jaxpr) -> Jaxpr:
+    """The program with each equation just before the first that needs it."""
+    maker = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
+    order: dict[int, None] = {}  # its keys are a set in order
+    waiting = [var for var in reversed(jaxpr.outvars) if not isinstance(var, Literal)]
+    while waiting:
+        i = maker.get(waiting[-1])
+        needed = [] if i is None or i in order else jaxpr.eqns[i].invars
+        needed = [v for v in needed if not isinstance(v, Literal) and v in maker]
+        missing = [v for v in reversed(needed) if maker[v] not in order]
+        if missing:
+            waiting += missing
+            continue
+        if i is not None:
+            order.setdefault(i)
+        waiting.pop()
+    return jaxpr.replace(eqns=[jaxpr.eqns[i] for i in order])
 
 
 # --- objectives made from others ------------------------------------------------------------------

@@ -352,6 +352,38 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", list(WRAPPERS))
+def test_the_compiled_program_does_not_depend_on_the_order_of_sets(wrapper, monkeypatch):
+    """A cache of compiled programs must find it again in another process."""
+
+    class InOrder(list):
+        backwards = False
+
+        def union(self, others):
+            return sorted({*self, *others}, reverse=self.backwards)
+
+        def __eq__(self, other):
+            return {*self} == {*other}
+
+    def run(x, guide):
+        with numpyro.plate("N", len(x)):
+            z = [numpyro.sample(f"z{i}", dist.Normal(0.5 * i * guide, 1.0)) for i in range(3)]
+            if not guide:
+                numpyro.sample("x", dist.Normal(sum(z), 1.0), obs=x)
+
+    def traced():
+        def loss(x):
+            programs = partial(run, guide=0), partial(run, guide=1)
+            return WRAPPERS[wrapper](Trace_ELBO()).loss(KEY, {}, *programs, x=x)
+
+        return str(jax.make_jaxpr(jax.value_and_grad(loss))(X))
+
+    monkeypatch.setattr(numpyro.infer.elbo, "set", InOrder, raising=False)
+    forwards = traced()
+    InOrder.backwards = True
+    assert traced() == forwards
+
+
+@pytest.mark.parametrize("wrapper", list(WRAPPERS))
 def test_the_names_of_sites_do_not_change_a_bit(wrapper):
     """NumPyro sums in the order of a set of names. That order differs between processes as it
     does between names."""
