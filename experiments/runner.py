@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from experiments import runs
+from experiments.compiled import keep_compiled
 from experiments.experiment import Experiment, Fits
 from experiments.settings import to_json
 from inference import Estimate, Fit, fit
@@ -36,12 +37,13 @@ def run(experiment: Experiment, config: Any) -> dict[str, Any]:
         NonFiniteError: the training failed.
     """
     began = time.perf_counter()
+    keep_compiled()
     data = experiment.data(config)
     experiment.programs(config, data.record, experiment.names(config)[0], {})  # may refuse
     with runs.claim(experiment, config, data) as path:
         result = runs.read_json(path / "result.json")
         if result is None:
-            import_ahead("orbax.checkpoint", "matplotlib.backends.backend_agg", "arviz_stats")
+            import_ahead("orbax.checkpoint", "xarray", "matplotlib.backends.backend_agg")
             fits = train(experiment, config, data, path)
             result = _finish(experiment, config, data, fits, path, began)
     seconds = result["seconds"]
@@ -137,9 +139,13 @@ def number(judged: Estimate) -> dict[str, Any]:
 
 
 def import_ahead(*modules: str) -> None:
-    """Imports modules in the background, while the compiler leaves Python idle.
+    """Imports modules in the background, one after the other, while the device is at work.
 
-    ArviZ and Matplotlib take as long to import as a small model to train.
+    They take as long to import as a small model to train.
     """
-    for module in modules:
-        threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
+
+    def imports() -> None:
+        for module in modules:
+            importlib.import_module(module)
+
+    threading.Thread(target=imports, daemon=True).start()
