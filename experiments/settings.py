@@ -25,6 +25,7 @@ def command_line(main: Callable[[Any], Any], config_type: type) -> None:
     """
     complaint = io.StringIO()
     gc.freeze()  # what is imported stays; looking through it again, at exit too, takes a second
+    gc.set_threshold(50_000, 20, 20)  # tracing makes many objects that live on
     try:
         with contextlib.redirect_stderr(complaint):
             config = tyro.cli(config_type)
