@@ -164,10 +164,20 @@ def _range_of(array: Any) -> str:
 
 
 def _random_words(key: Array, shape: tuple[int, ...]) -> Array:
-    """Uniform integers below 2^16. Each of the generator's 32-bit words gives two."""
+    """Uniform integers below 2^16, two from each 32-bit word.
+
+    JAX's generator makes two words from the key. A word of the noise is a hash of its place and of
+    these two, with the constants of hash-prospector (github.com/skeeto/hash-prospector). It takes a
+    fifth of the operations of JAX's generator. The tests look at its mean, variance and
+    independence.
+    """
     size = math.prod(shape)
-    words = random.bits(key, ((size + 1) // 2,), jnp.uint32)
-    return lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size].reshape(shape)
+    start, between = random.bits(key, (2,), jnp.uint32)
+    x = lax.iota(jnp.uint32, (size + 1) // 2) * jnp.uint32(0x9E3779B9) + start
+    x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
+    x = (x ^ (x >> 15) ^ between) * jnp.uint32(0x735A2D97)
+    x = x ^ (x >> 15)
+    return lax.bitcast_convert_type(x, jnp.uint16).reshape(-1)[:size].reshape(shape)
 
 
 class _Pixels:

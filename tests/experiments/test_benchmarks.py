@@ -1,5 +1,7 @@
 """The benchmark runs and compares like with like. Its timings are asserted nowhere."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,11 +50,23 @@ def test_the_hand_written_vae_is_the_same_arithmetic():
         lambda key: objective.loss(key, tree, speed.MODEL, speed.GUIDE, **batch) / 4, 500
     )
     assert abs(hand[0] - ours[0]) < 4 * np.hypot(hand[1], ours[1])
-    for binarize in (speed.binarize, speed.binarize_plainly):
+    hashed = partial(speed.binarize, words=speed.hashed_words)
+    for binarize in (speed.binarize, speed.binarize_plainly, hashed):
         x = binarize(jax.random.key(3), grey)["x"]
         assert set(np.unique(x)) == {0.0, 1.0}
         share = 100 / 255
         assert abs(x.mean() - share) < 4 * (share * (1 - share) / x.size) ** 0.5
+
+
+def test_the_tuned_vae_is_the_plain_one():
+    batch = speed.binarize(jax.random.key(2), {"x": jnp.full((4, 28, 28), 100, jnp.uint8)})
+    params, key = speed.vae_init(jax.random.key(1)), jax.random.key(3)
+    plain, tuned = (
+        jax.jit(jax.value_and_grad(loss))(params, key, **batch)
+        for loss in (speed.vae_loss, speed.tuned_vae_loss)
+    )
+    for ours, theirs in zip(jax.tree.leaves(tuned), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * abs(theirs).max())
 
 
 @pytest.mark.slow

@@ -66,6 +66,50 @@ def test_neighbouring_pixels_are_drawn_independently():
         assert abs(correlation) < 5 / math.sqrt(x.size)
 
 
+@pytest.fixture(scope="module")
+def noise():
+    """The noise of black images, uniform on [0, 1], of 4 seeds, 250 steps and 783 pixels."""
+
+    @jax.jit
+    def draw(seed, step):
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        return 256 * Gaussian().prepare(key, jnp.zeros((1, 27, 29), jnp.uint8)).ravel()
+
+    seeds, steps = jnp.divmod(jnp.arange(1_000), 250)
+    return np.asarray(jax.vmap(draw)(seeds, steps), np.float64).reshape(4, 250, 783)
+
+
+def test_the_noise_of_pixels_is_uniform(noise):
+    def z_scores(u):
+        """Of the mean and of the variance over the last axis, in their standard errors."""
+        spread, size = 1 / 12, u.shape[-1]
+        error_of_variance = spread * np.sqrt((9 / 5 - 1) / size)  # the kurtosis is 9/5
+        return (
+            (u.mean(-1) - 0.5) / np.sqrt(spread / size),
+            (((u - 0.5) ** 2).mean(-1) - spread) / error_of_variance,
+        )
+
+    for z in z_scores(noise.ravel()):
+        assert abs(z) < 4
+    by_pixel, by_step = noise.reshape(-1, 783).T, noise.reshape(1_000, 783)
+    for z in (*z_scores(by_pixel), *z_scores(by_step)):
+        assert abs(z).max() < 5
+        assert abs((z**2).sum() - z.size) < 5 * np.sqrt(2 * z.size)  # a chi-square
+    counts, _ = np.histogram(noise, bins=256, range=(0, 1))
+    assert stats.chisquare(counts).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("axis", ["pixels", "steps and seeds"])
+def test_the_noise_of_pixels_is_independent(noise, axis):
+    rows = noise.reshape(1_000, 783)
+    rows = rows.T if axis == "pixels" else rows
+    size = rows.shape[1]
+    correlation = np.corrcoef(rows)[np.triu_indices(len(rows), 1)]
+    assert abs(correlation).max() < 6 / np.sqrt(size)
+    squares = (size - 1) * correlation**2  # of mean 1 and variance 2
+    assert abs(squares.mean() - 1) < 5 * np.sqrt(2 / squares.size)
+
+
 @pytest.mark.parametrize("low", [0.0, -1.0])
 def test_a_grey_level_becomes_uniform_on_its_interval(low):
     images = np.broadcast_to(ALL_LEVELS, (1_000, 16, 16))
