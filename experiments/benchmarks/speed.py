@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import optax
 import tyro
 from flax import nnx
@@ -160,14 +161,20 @@ def by_svi_run(
 # --- (a) the toy ----------------------------------------------------------------------------------
 
 
-def toy_loss(params, key, c, x):
+def log_normal(value, mean, log_variance):
+    """log Normal(value; mean, exp(log_variance)), without a division."""
+    return -0.5 * (
+        (value - mean) ** 2 * jnp.exp(-log_variance) + log_variance + jnp.log(2 * jnp.pi)
+    )
+
+
+def numpyro_log_normal(value, mean, log_variance):
+    """The same by NumPyro, which divides by the deviation."""
+    return dist.Normal(mean, jnp.exp(log_variance / 2)).log_prob(value)
+
+
+def toy_loss(params, key, c, x, log_normal=log_normal):
     """The negative ELBO of ``models.gaussian_mean`` with sigma_0 = 1, by hand."""
-
-    def log_normal(value, mean, log_variance):
-        return -0.5 * (
-            (value - mean) ** 2 * jnp.exp(-log_variance) + log_variance + jnp.log(2 * jnp.pi)
-        )
-
     loc = params["phi_1"] * x + params["phi_2"] * c + params["phi_3"]
     z = loc + jnp.exp(params["phi_4"] / 2) * random.normal(key, x.shape)
     return -jnp.mean(
@@ -193,6 +200,10 @@ def toy(config: Config) -> dict[str, tuple[Callable[[], Timing], int]]:
 
     return {
         "hand-written scan": (by_hand(toy_loss, init, data, 1_000, steps), steps),
+        "hand-written scan, NumPyro's density": (
+            by_hand(partial(toy_loss, log_normal=numpyro_log_normal), init, data, 1_000, steps),
+            steps,
+        ),
         "hand-written scan, sorting each epoch": (
             by_hand(toy_loss, init, data, 1_000, steps, sort=True),
             steps,

@@ -30,9 +30,15 @@ def test_the_hand_written_toy_is_the_same_arithmetic():
     data = gaussian_mean.Truth().simulate(50, seed=0)
     params = {name: jnp.float32(0.1 * i) for i, name in enumerate(gaussian_mean.PARAMETERS)}
     model, guide = gaussian_mean.Model(), gaussian_mean.Guide()
-    hand = average(lambda key: speed.toy_loss(params, key, **data))
+    hand, densities = (
+        average(
+            lambda key, density=density: speed.toy_loss(params, key, **data, log_normal=density)
+        )
+        for density in (speed.log_normal, speed.numpyro_log_normal)
+    )
     ours = average(lambda key: Trace_ELBO().loss(key, params, model, guide, **data) / 50)
     assert abs(hand[0] - ours[0]) < 4 * np.hypot(hand[1], ours[1])
+    np.testing.assert_allclose(densities[0], hand[0], rtol=1e-5)  # the same draws
 
 
 def test_the_hand_written_vae_is_the_same_arithmetic():
