@@ -1,5 +1,7 @@
 """A program whose parameters are known: they stay, while the other program's are trained."""
 
+import contextlib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +23,8 @@ class Held:
         held = Held(model, {name: params[name] for name in ("W", "b", "sigma")})
         result = fit(held, guides.mean_field(model), data, num_epochs=10)
 
-    What the program offers (``prepare``, ``check_data``, ``encoder``) the held one offers too.
+    What the program offers (``prepare``, ``check_data``, ``encoder``) the held one offers too. It
+    takes the program's arguments.
 
     Args:
         program: a model or a guide.
@@ -33,6 +36,8 @@ class Held:
         for name, protocol in OFFERS.items():
             if isinstance(program, protocol):
                 setattr(self, name, getattr(program, name))
+        with contextlib.suppress(TypeError, ValueError):  # a callable without a signature
+            self.__signature__ = inspect.signature(program)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the program."""
