@@ -40,6 +40,7 @@ from inference.sites import (
     is_fixed,
     is_latent,
     is_summed,
+    mask_of,
     plate_sizes,
     trace_of,
     values_needed,
@@ -318,6 +319,7 @@ def support_check(
 
     It returns, by observed site, how many values lie outside, the least and the greatest. A site
     is left out if its support depends on parameters, latents or data, or is all real numbers.
+    Entries that the site masks out do not count.
 
     Args:
         model, guide: programs that ``look`` has passed.
@@ -332,16 +334,24 @@ def support_check(
         for name, site in trace_of(model, model_key, params | draws, **batch).items():
             if site["type"] != "sample" or not site["is_observed"] or is_auxiliary(site):
                 continue
-            support, value = site["fn"].support, site["value"]
+            support = site["fn"].support
             is_known = not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(support))
             if is_known and not _is_real(support):
-                inside = support(value)
-                outside[name] = jnp.sum(~inside), jnp.min(value), jnp.max(value)
+                outside[name] = _outside(support, site["value"], mask_of(site["fn"]))
         return outside
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), dict(params))
     compiled = jax.jit(run)
     return lambda key, batch: compiled(zeros, key, batch)
+
+
+def _outside(support: Any, value: Any, counted: Array | None) -> tuple[Array, Array, Array]:
+    """How many values lie outside a support, the least and the greatest, of those that count."""
+    if counted is None:
+        return jnp.sum(~support(value)), jnp.min(value), jnp.max(value)
+    numbers = jnp.where(counted, value, jnp.nan)
+    inside = jnp.where(counted, value, support.feasible_like(value))
+    return jnp.sum(~support(inside)), jnp.nanmin(numbers), jnp.nanmax(numbers)
 
 
 def _is_real(support: Any) -> bool:

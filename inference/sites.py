@@ -125,6 +125,22 @@ def base(fn: Any) -> Any:
     return fn
 
 
+def mask_of(fn: Any) -> Array | None:
+    """Which entries of a site's value count: an array that broadcasts with it. None for all.
+
+    Args:
+        fn: the site's distribution, with masks (``.mask(x_mask)``) on any level.
+    """
+    found = None
+    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
+        if isinstance(fn, dist.MaskedDistribution) and fn._mask is not True:
+            mask = jnp.asarray(fn._mask)
+            mask = mask.reshape(mask.shape + (1,) * fn.event_dim)
+            found = mask if found is None else found & mask
+        fn = fn.base_dist
+    return found
+
+
 def elementwise_kl(q: dist.Distribution, p: dist.Distribution) -> Array | None:
     """KL(q || p) in every dimension. None if they do not factorise or have no formula."""
     shape = q.batch_shape + q.event_shape
@@ -520,14 +536,23 @@ def is_fixed(site: Site) -> bool:
 # --- what the arrays are --------------------------------------------------------------------------
 
 
+def mask_name(name: str) -> str:
+    """The argument of a program that says which entries of the array ``name`` are there."""
+    return f"{name}_mask"
+
+
 def observed_arrays(model: Program, batch: Batch) -> set[str]:
-    """The arrays that the values of a model's observed sites are made from, found by provenance.
+    """The arrays of a model's observations: those without which it generates.
+
+    The values of its observed sites are made from them, which provenance finds. The masks of these
+    arrays belong to them: ``x_mask`` to ``x``.
 
     Args:
         model: a program.
         batch: arrays of shape (N, ...), as the model takes them.
     """
-    return {name for _, sources in _observed(model, abstract(batch)) for name in sources}
+    found = {name for _, sources in _observed(model, abstract(batch)) for name in sources}
+    return found | {mask_name(name) for name in found} & batch.keys()
 
 
 def _observed(model: Program, shapes: Batch) -> list[tuple[Site, frozenset[str]]]:
