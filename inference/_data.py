@@ -4,9 +4,10 @@ Data are a mapping of arrays or lists, a pandas DataFrame (one array a column) o
 Dataset. The leading axis of every array is the datum.
 """
 
+import functools
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -79,12 +80,13 @@ def _as_array(value: Any, name: str) -> Any:
     return value
 
 
-def check_arrays(arrays: Arrays, name: str = "data") -> int:
+def check_arrays(arrays: Arrays, name: str = "data", may_miss: Collection[str] = ()) -> int:
     """Checks the arrays of a data set.
 
     Args:
         arrays: as ``as_arrays`` gives them.
         name: what to call the data in a message, for example "validation".
+        may_miss: the arrays that may hold NaN, for missing entries.
 
     Returns:
         N, the common leading length.
@@ -104,7 +106,7 @@ def check_arrays(arrays: Arrays, name: str = "data") -> int:
     if size == 0:
         raise ValueError(f"{name}: expected at least one datum, got arrays of leading length 0")
     for key, array in arrays.items():
-        _check_finite(array, f"{name}[{key!r}]")
+        _check_finite(array, name, key, key in may_miss)
         _check_range(array, f"{name}[{key!r}]")
     return size
 
@@ -140,7 +142,7 @@ def _check_range(array: Any, name: str) -> None:
         return
     is_integer = jnp.issubdtype(array.dtype, np.integer)
     bounds = np.iinfo(held) if is_integer else np.finfo(held)
-    low, high = array.min(), array.max()
+    low, high = np.fmin.reduce(array, axis=None), np.fmax.reduce(array, axis=None)  # without NaN
     if low < bounds.min or high > bounds.max:
         remedy = "number the entries anew, give floats" if is_integer else "rescale them"
         raise ValueError(
@@ -149,29 +151,43 @@ def _check_range(array: Any, name: str) -> None:
         )
 
 
-def _check_finite(array: Any, name: str) -> None:
+def _check_finite(array: Any, name: str, key: str, may_miss: bool) -> None:
     if not jnp.issubdtype(array.dtype, np.inexact):
         return
-    if isinstance(array, Array) and bool(_all_finite(array)):  # on the device
+    if isinstance(array, Array) and bool(_all_finite(array, may_miss)):  # on the device
         return
     array = np.asarray(array)
-    count, first = 0, ()
+    count, first, some_nan = 0, (), False
     rows = max(1, _SLAB // max(1, math.prod(array.shape[1:])))
     for start in range(0, len(array), rows):
-        faulty = ~np.isfinite(array[start : start + rows])
+        slab = array[start : start + rows]
+        faulty = np.isinf(slab) if may_miss else ~np.isfinite(slab)
         if faulty.any():
             if count == 0:
                 row, *rest = (int(i) for i in np.unravel_index(faulty.argmax(), faulty.shape))
                 first = (start + row, *rest)
             count += int(np.count_nonzero(faulty))
+            some_nan = some_nan or bool(np.isnan(slab[faulty]).any())
     if count:
+        remedy = "drop or impute them"
+        if some_nan:
+            remedy += (
+                f', or pass missing="mask" with a model that takes {key}_mask=True and uses '
+                f".mask({key}_mask)"
+            )
         raise ValueError(
-            f"{name}: expected finite numbers, got {count} NaN or infinite of {array.size} "
-            f"entries, the first at index {first}; drop, impute, or fill and mask them"
+            f"{name}[{key!r}]: expected finite numbers, got {count} "
+            f"{'infinite' if may_miss else 'NaN or infinite'} of {array.size} entries, the first "
+            f"at index {first}; {remedy}"
         )
 
 
-@jax.jit
-def _all_finite(array: Array) -> Array:
-    """As `isfinite(array).all()`, which XLA gives a temporary as long as the array."""
-    return jnp.isfinite(jnp.max(jnp.abs(array), initial=0))
+@functools.partial(jax.jit, static_argnums=1)
+def _all_finite(array: Array, may_miss: bool) -> Array:
+    """As `isfinite(array).all()`, which XLA gives a temporary as long as the array.
+
+    With ``may_miss`` NaN counts as finite.
+    """
+    size = jnp.abs(array)
+    size = jnp.where(jnp.isnan(size), 0, size) if may_miss else size
+    return jnp.isfinite(jnp.max(size, initial=0))

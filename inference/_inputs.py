@@ -29,6 +29,7 @@ from inference._checks import (
 )
 from inference._data import Arrays, Prepared, as_arrays, check_arrays, converted
 from inference._describe import describe_arrays, describe_optimizer, describe_value
+from inference._missing import masked_arrays, masking
 from inference._settings import (
     Settings,
     check_length,
@@ -81,6 +82,7 @@ def check(
     mesh: Mesh | None,
     num_seeds: int | None,
     seed: int | None,
+    missing: str | None = None,
     **lengths: Any,
 ) -> Inputs:
     """Checks what ``fit`` is given and fills in the defaults.
@@ -89,17 +91,19 @@ def check(
         ValueError, TypeError: settings, data or programs that do not fit, in one line.
     """
     trained, optimizer = _objects(objective, validation_objective, optimizer, validation)
-    arrays, validation, info = _arrays(model, preprocess, data, validation)
+    prepared = masking(model, preprocess, missing)
+    arrays, validation, info = _arrays(model, preprocess, missing, data, validation)
     settings = Settings.resolve(
         num_data=length(arrays),
         has_validation=validation is not None,
+        missing=missing,
         **_start(init, num_seeds, seed, length(arrays), lengths["batch_size"]),
         **lengths,
     )
     check_length(traits(trained), settings)
     check_mesh(mesh, settings)
     key = random.key(settings.seed)
-    batch = _first_batch(preprocess, settings, key, arrays)
+    batch = _first_batch(prepared, settings, key, arrays)
     programs = look(
         model,
         guide,
@@ -116,7 +120,7 @@ def check(
         )
     _check_objectives(model, guide, batch, key, trained, validation_objective, programs, settings)
     first = {name: array[: settings.batch_size] for name, array in arrays.items()}
-    prime(guide, key, lambda: first if preprocess is None else preprocess(key, first))
+    prime(guide, key, lambda: first if prepared is None else prepared(key, first))
     plan = Plan(
         model=model,
         guide=guide,
@@ -189,11 +193,11 @@ def _describe(
 
 
 def _arrays(
-    model: Program, preprocess: Any, data: Any, validation: Any
+    model: Program, preprocess: Any, missing: str | None, data: Any, validation: Any
 ) -> tuple[Arrays, Arrays | None, dict[str, Any]]:
     """The training data, the held-out data as the programs take them, and notes on both."""
     arrays = as_arrays(data)
-    num_data = check_arrays(arrays)
+    num_data = check_arrays(arrays, may_miss=masked_arrays(model, missing))
     if isinstance(data, Prepared) and preprocess is not None:
         raise ValueError(
             "data: expected data as preprocess takes them, got Prepared ones; leave preprocess "
@@ -210,7 +214,7 @@ def _arrays(
     if validation is None:
         return arrays, None, info
     if not isinstance(validation, Prepared):
-        validation = prepare(model, preprocess, validation, "validation")
+        validation = prepare(model, preprocess, validation, "validation", missing=missing)
     check_arrays(validation, "validation")
     return arrays, dict(validation), info
 
@@ -231,12 +235,12 @@ def _split(fraction: float, num_data: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[:count]), np.sort(order[count:])
 
 
-def _first_batch(preprocess: Any, settings: Settings, key: Any, arrays: Arrays) -> dict[str, Any]:
+def _first_batch(prepared: Any, settings: Settings, key: Any, arrays: Arrays) -> dict[str, Any]:
     """The abstract values of a prepared batch."""
 
     def first(key: Any, arrays: Arrays) -> Any:
         batch = {name: array[: settings.batch_size] for name, array in arrays.items()}
-        return batch if preprocess is None else dict(preprocess(key, batch))
+        return batch if prepared is None else dict(prepared(key, batch))
 
     return jax.eval_shape(first, key, arrays)
 
@@ -255,7 +259,7 @@ def _check_values(plan: Plan, key: Any, arrays: Arrays, validation: Arrays | Non
             batch = {name: array[rows][:size] for name, array in arrays.items()}
             yield key, batch if prepared is None else prepared(key, batch)
 
-    prepared = plan.preprocess and jax.jit(plan.preprocess)
+    prepared = plan.prepare and jax.jit(plan.prepare)
     check_supports(check, training(), plan.model)
     if validation is not None and not programs.tied_to:
         check_supports(check, [(key, validation)], plan.model)

@@ -71,7 +71,7 @@ def judged_data(result: Fit, data: Any) -> Judged:
                 "data: expected data that the fit's preprocess has prepared, got plain ones; "
                 "write test = result.prepare(data), or Prepared(data) if they are prepared"
             )
-        data = prepare(result.model, None, data)
+        data = prepare(result.model, None, data, missing=result.config.get("missing"))
     arrays = as_arrays(data)
     num_data = check_arrays(arrays)
     _check_like_training(result, arrays)

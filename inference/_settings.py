@@ -34,6 +34,7 @@ class Settings:
         first_step: steps that were taken before this call, by the fit that it goes on with.
         num_steps, num_epochs: of the whole training, those steps included.
         validate_every: 0 for never.
+        missing: "mask" or None, checked by ``inference._missing``.
 
     Raises:
         ValueError: a number is out of range.
@@ -50,6 +51,7 @@ class Settings:
     validate_every: int
     patience: int | None
     on_nan: str
+    missing: str | None = None
 
     @classmethod
     def resolve(

@@ -19,6 +19,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro.infer.svi import SVIState
 
 from inference._checks import Programs
+from inference._missing import Preprocess, masking
 from inference._scaling import PerDatum
 from inference._settings import Settings
 from inference._shuffle import epoch_word, permute
@@ -26,7 +27,6 @@ from inference.objectives import traits
 from inference.sites import Program, is_latent, length, trace_of
 
 Batch = Mapping[str, Array]
-Preprocess = Callable[[Array, Batch], Batch]
 
 MAX_FIRST = 1000  # the most data that parameters are made on
 MAX_CHUNK = 1024  # the most steps that the device takes between two looks of the host
@@ -70,7 +70,7 @@ class Plan:
         objective: in nats per batch.
         validation_objective: likewise, for held-out data.
         optimizer: an Optax transformation.
-        preprocess: (key, batch) -> batch, or None.
+        preprocess: the user's (key, batch) -> batch, or None.
         settings: the run's numbers.
         mesh: with automatic axes, or None.
         constrain: from one seed's unconstrained parameters to their values by name.
@@ -97,6 +97,11 @@ class Plan:
         return SVI(self.model, self.guide, self.moving, scaled)
 
     @property
+    def prepare(self) -> Preprocess | None:
+        """What makes a batch as the programs take it: ``preprocess``, then masks. None: nothing."""
+        return masking(self.model, self.preprocess, self.settings.missing)
+
+    @property
     def moving(self) -> optax.GradientTransformation:
         """The optimiser, kept from the parameters that stay."""
         fixed = self.programs.fixed
@@ -119,7 +124,7 @@ def first_batch(plan: Plan, key: Array, data: Batch) -> Batch:
     if plan.programs.takes_batches:
         rows = np.linspace(0, num_data - 1, min(num_data, MAX_FIRST)).round().astype(int)
         data = {name: array[rows] for name, array in data.items()}
-    return data if plan.preprocess is None else plan.preprocess(key, data)
+    return data if plan.prepare is None else plan.prepare(key, data)
 
 
 def constrain_of(
@@ -234,10 +239,12 @@ def step_batch(plan: Plan, state: State, key: Array, data: Batch) -> tuple[Array
         sharding = NamedSharding(plan.mesh, PartitionSpec("data"))
         batch = lax.with_sharding_constraint(batch, sharding)
     key = random.fold_in(random.fold_in(key, NOISE), state.step)
+    batch_key = key
     if plan.preprocess is not None:
         key, batch_key = random.split(key)
+    if plan.prepare is not None:
         # The barrier keeps XLA from preparing the batch anew for each of its uses.
-        batch = lax.optimization_barrier(plan.preprocess(batch_key, batch))
+        batch = lax.optimization_barrier(plan.prepare(batch_key, batch))
     return key, batch
 
 

@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from numpyro.infer.elbo import ELBO
 
 from inference._inputs import check
+from inference._missing import Preprocess
 from inference._progress import progress as progress_bar
 from inference._run import compile_steps, loop, place, result, start
 from inference._settings import check_keywords
-from inference._steps import Preprocess
 from inference.fit import Fit
 from inference.sites import Program
 
@@ -34,6 +34,7 @@ def fit(
     num_steps: int | None = None,
     batch_size: int | None = None,
     preprocess: Preprocess | None = None,
+    missing: str | None = None,
     num_seeds: int | None = None,
     seed: int | None = None,
     init: Fit | Mapping[str, Any] | None = None,
@@ -67,6 +68,10 @@ def fit(
         num_steps: how long to train, in steps.
         batch_size: data per step. All of them by default.
         preprocess: (key, batch) -> batch, on the device at every step.
+        missing: "mask" takes NaN in ``data`` as missing entries. Every array whose mask the model
+            takes, ``x`` with ``x_mask``, gets a Boolean mask of its shape, True for the entries
+            that are there. The others are filled with 0, after ``preprocess``. The model leaves
+            them out: ``dist.Normal(loc, scale).mask(x_mask).to_event(1)``. None refuses NaN.
         num_seeds: independent restarts, trained together. The i-th is the run with the seed
             ``seed + i``.
         seed: the random seed of the first restart.
@@ -105,6 +110,7 @@ def fit(
         validation_objective=validation_objective,
         optimizer=optimizer,
         preprocess=preprocess,
+        missing=missing,
         validation=validation,
         init=init,
         mesh=mesh,

@@ -19,8 +19,9 @@ from jaxtyping import Float
 from inference._checks import ProgramError, Programs, look
 from inference._data import Arrays, Prepared, as_arrays, check_arrays
 from inference._describe import describe_arrays, describe_device, describe_value, versions
+from inference._missing import Preprocess, masked_arrays, masking
 from inference._saving import SAVED, compare_shapes, read, shapes_of, write
-from inference._steps import Preprocess, State, by_seed
+from inference._steps import State, by_seed
 from inference.sites import ChecksData, Program, abstract
 
 PREPARE_SEED = 20_150_901  # data are prepared once with it: the same for every fit
@@ -154,6 +155,8 @@ class Fit:
     def prepare(self, data: Any) -> Prepared:
         """The data as the programs take them: the fit's ``preprocess``, once, with a fixed key.
 
+        A fit with ``missing="mask"`` makes the masks too.
+
         Args:
             data: as ``fit`` takes them. Prepared data are returned as they are.
 
@@ -168,7 +171,8 @@ class Fit:
                 f"prepare: expected the fit's preprocess, {known}, got a fit that was loaded "
                 f"without it; load it with Fit.load(path, model, guide, preprocess=model.prepare)"
             )
-        return prepare(self.model, self.preprocess, data)
+        missing = self.config.get("missing")
+        return prepare(self.model, self.preprocess, data, missing=missing)
 
     # --- files
 
@@ -209,6 +213,7 @@ class Fit:
         *,
         example: Any,
         preprocess: Preprocess | None = None,
+        missing: str | None = None,
         mutable: Mapping[str, Any] | None = None,
     ) -> "Fit":
         """A fit of known parameters: judges and generators take it like any other.
@@ -217,7 +222,7 @@ class Fit:
             model, guide: the programs.
             params: the value of every parameter, of one seed, without a seed axis.
             example: data as the user gives them, or prepared. Their shapes are kept.
-            preprocess: as in ``fit``.
+            preprocess, missing: as in ``fit``.
             mutable: the value of every mutable site.
 
         Raises:
@@ -226,7 +231,7 @@ class Fit:
         prepared = (
             example
             if isinstance(example, Prepared)
-            else prepare(model, preprocess, example, "example")
+            else prepare(model, preprocess, example, "example", missing=missing)
         )
         num_data = check_arrays(prepared, "example")
         config = {
@@ -238,6 +243,7 @@ class Fit:
             "guide": describe_value(guide),
             "objective": None,
             "preprocess": describe_value(preprocess),
+            "missing": missing,
             "data": prepared.source or describe_arrays(prepared, contents=True),
         }
         info = {"device": describe_device(), "versions": versions(), "num_steps": [0]}
@@ -308,15 +314,21 @@ def _numbers(values: Any) -> str:
 
 
 def prepare(
-    model: Program, preprocess: Preprocess | None, data: Any, name: str = "data"
+    model: Program,
+    preprocess: Preprocess | None,
+    data: Any,
+    name: str = "data",
+    *,
+    missing: str | None = None,
 ) -> Prepared:
     """The data, checked, as the programs take them."""
     arrays = as_arrays(data, name)
-    check_arrays(arrays, name)
+    check_arrays(arrays, name, may_miss=masked_arrays(model, missing))
     check_with(model, arrays)
     source = describe_arrays(arrays, contents=True)
-    if preprocess is not None:
-        arrays = jax.jit(preprocess)(random.key(PREPARE_SEED), dict(arrays))
+    prepared = masking(model, preprocess, missing)
+    if prepared is not None:
+        arrays = jax.jit(prepared)(random.key(PREPARE_SEED), dict(arrays))
     return Prepared(arrays, source)
 
 

@@ -29,6 +29,7 @@ from inference._judges import (
     require_fit,
     values_of,
 )
+from inference._missing import Masking, masked_arrays
 from inference._settings import require_whole
 from inference.evaluation import mean
 from inference.fit import Fit, programs_of
@@ -159,7 +160,8 @@ def decode(result: Fit, latents: Mapping[str, Any], **conditions: Any) -> Values
     Args:
         result: what ``fit`` returned.
         latents: by site, (seed, datum, ...), as ``encode`` returns them.
-        conditions: arrays of shape (datum, ...) by name, where the model has conditions.
+        conditions: arrays of shape (datum, ...) by name, where the model has conditions. A fit
+            with ``missing="mask"`` takes NaN in them.
 
     Returns:
         By observed site, (seed, datum, ...).
@@ -266,15 +268,15 @@ def traverse(
 
 
 def _conditions(result: Fit, conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """Conditions as arrays that the model takes."""
-    arrays = as_arrays(conditions, "conditions")
+    """Conditions as arrays that the model takes, with masks if the fit makes them."""
+    arrays, model = as_arrays(conditions, "conditions"), result.model
+    masked = masked_arrays(result.model, result.config.get("missing"))
     if arrays:
-        check_arrays(arrays, "conditions")
-    check_arguments("model", result.model, arrays)
-    model = result.model
+        check_arrays(arrays, "conditions", masked)
+    check_arguments("model", model, arrays)
     if arrays and isinstance(model, ChecksData) and _takes(model.check_data, arrays):
         model.check_data(**arrays)
-    return arrays
+    return Masking(None, masked)(None, arrays)
 
 
 def _takes(function: Callable[..., Any], arrays: Mapping[str, Any]) -> bool:
