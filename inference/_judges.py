@@ -172,7 +172,7 @@ def values_of(result: Fit, seed: int) -> dict[str, Any]:
 
 
 def over_data(
-    judge: Callable[[PyTree, Array, Any], PyTree],
+    judge: Callable[..., PyTree],
     result: Fit,
     judged: Judged,
     key: Array,

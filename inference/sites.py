@@ -17,6 +17,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import lax, random
+from jax.core import Tracer
 from jaxtyping import Array
 from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.kl import kl_divergence
@@ -376,7 +377,7 @@ def values_needed(role: str, error: Exception, batch: Batch) -> str:
 
 def _latent_site(site: Site, plates: DataPlates) -> LatentSite:
     batch, support = batch_shape(site), site["fn"].support
-    is_known = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(support))
+    is_known = not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(support))
     frames = tuple((f.name, f.dim, f.size) for f in reversed(site["cond_indep_stack"]))
     return LatentSite(
         batch=batch,
@@ -403,7 +404,7 @@ def _check_drawable(name: str, site: Site) -> None:
             f"TraceEnum_ELBO), or relax it"
         )
     try:  # of a support that the program computes, the kind alone
-        biject_to(jax.tree.map(lambda x: 0.0 if isinstance(x, jax.core.Tracer) else x, support))
+        biject_to(jax.tree.map(lambda x: 0.0 if isinstance(x, Tracer) else x, support))
     except NotImplementedError as error:
         raise ValueError(
             f"model site {name!r}: expected a support with a bijection to real numbers, got "
@@ -417,7 +418,7 @@ def _check_same_sites(
     """Only the data plates follow the number of data."""
     latents = {n for n, s in longer.items() if is_latent(s) and not is_summed(s)}
     others = sorted(latents ^ drawn.keys())
-    others = [name for name in others if not is_auxiliary((drawn | longer)[name])]
+    others = [name for name in others if not is_auxiliary({**drawn, **longer}[name])]
     if others:
         raise ValueError(
             f"model site {others[0]!r}: expected the same latent sites for every number of data, "

@@ -65,13 +65,13 @@ class Block:
 
     def placed(self, numbers: Array) -> Array:
         """(N, *plates, ...) with the data at their axis of the batch, or none for a global site."""
-        if not self.site.is_local:
-            return numbers[0]
-        return jnp.moveaxis(numbers, 0, self.site.data_axis)
+        axis = self.site.data_axis
+        return numbers[0] if axis is None else jnp.moveaxis(numbers, 0, axis)
 
     def data_first(self, value: Array) -> Array:
         """The inverse of ``placed``."""
-        return jnp.moveaxis(value, self.site.data_axis, 0) if self.site.is_local else value[None]
+        axis = self.site.data_axis
+        return value[None] if axis is None else jnp.moveaxis(value, axis, 0)
 
     def real(self, value: Array) -> Array:
         """A value's real numbers by entry, (N, *plates, size)."""
