@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pooch
@@ -194,6 +195,40 @@ def load(
     raise ValueError(f"name: expected {expected}, got {name!r}")
 
 
+def read(path: str | Path) -> Arrays:
+    """Reads the arrays of a file by name, as they are: any names, any shapes.
+
+    Args:
+        path: an .npz file of arrays; an .npy file, whose array is called ``x``; or a .csv file: a
+            line of names, then lines of numbers, with commas between. Each column is an array
+            (N,). It holds integers if all its numbers are written without a point.
+
+    Raises:
+        DatasetError: the file cannot be had, or it is not what it should be.
+        ValueError: it has another ending.
+    """
+    path = Path(path).expanduser()
+    if path.suffix not in (".npz", ".npy", ".csv"):
+        raise ValueError(f"dataset: expected the path of an .npz, .npy or .csv file, got {path}")
+    if path.suffix == ".csv":
+        table = _read_csv(path)
+        columns = zip(table.names, table.values.T, table.are_whole, strict=True)
+        return {
+            name: values.astype(np.int64 if is_whole and abs(values).max() < 2**53 else np.float64)
+            for name, values, is_whole in columns
+        }
+    content = _read(path, path, f"an {path.suffix} file", HALF_OF_MEMORY)
+    if path.suffix == ".npy":
+        return {"x": _array(content, f"{path}: x")}
+    with _refusing(path, "an .npz file"):
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        names = _members(archive)
+        got = ", ".join(names) or "nothing"
+        _require(names and len({*names}) == len(names), path, "arrays, each name once", got)
+        contents = _unpacked(archive, content, path)
+    return {n: _array(content, f"{path}: {n}") for n, content in zip(names, contents, strict=True)}
+
+
 def _dataset(
     name: str, what: object, arrays: Arrays, num_validation: int | None, *sizes: int
 ) -> Dataset:
@@ -321,8 +356,7 @@ def _from_own(path: Path) -> Arrays:
         return {"x": _array(content, f"{path}: x")}
     with _refusing(path, "an .npz file"):
         archive = zipfile.ZipFile(io.BytesIO(content))
-        infos = archive.infolist()
-        members = [info.filename.removesuffix(".npy") for info in infos]
+        members = _members(archive)
         names = [member.removesuffix("_train") for member in members]
         allowed = [f"{key}{end}" for end in ENDS for key in "xc"]
         needed = {"x", *(name.replace("c", "x") for name in names)}
@@ -330,15 +364,26 @@ def _from_own(path: Path) -> Arrays:
         expected = f"images or a table x or x_train, and perhaps {', '.join(allowed[1:])}"
         remedy = "save the arrays under these names, and no labels without their x"
         _require(is_right, path, expected, ", ".join(members) or "nothing", remedy)
-        count = int.from_bytes(content[-12 - len(archive.comment) :][:2], "little")
-        _require(count == len(infos), path, f"{count} arrays, as its end says", f"{len(infos)}")
-        kinds = {info.compress_type for info in infos}  # some unpack without bounds
-        expected, got = "what numpy.savez_compressed writes", "another compression"
-        _require(kinds <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}, path, expected, got, "use it")
-        size = sum(info.file_size for info in infos)
-        _require(size <= HALF_OF_MEMORY, path, f"at most {HALF_OF_MEMORY:,} bytes", f"{size:,}")
-        contents = [archive.open(info).read(info.file_size + 1) for info in infos]
+        contents = _unpacked(archive, content, path)
     return {n: _array(content, f"{path}: {n}") for n, content in zip(names, contents, strict=True)}
+
+
+def _members(archive: zipfile.ZipFile) -> list[str]:
+    """The names of the arrays of an .npz file."""
+    return [info.filename.removesuffix(".npy") for info in archive.infolist()]
+
+
+def _unpacked(archive: zipfile.ZipFile, content: bytes, path: Path) -> list[bytes]:
+    """What the members of an .npz file hold. They may not take all the memory."""
+    infos = archive.infolist()
+    count = int.from_bytes(content[-12 - len(archive.comment) :][:2], "little")
+    _require(count == len(infos), path, f"{count} arrays, as its end says", f"{len(infos)}")
+    kinds = {info.compress_type for info in infos}  # some unpack without bounds
+    expected, got = "what numpy.savez_compressed writes", "another compression"
+    _require(kinds <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}, path, expected, got, "use it")
+    size = sum(info.file_size for info in infos)
+    _require(size <= HALF_OF_MEMORY, path, f"at most {HALF_OF_MEMORY:,} bytes", f"{size:,}")
+    return [archive.open(info).read(info.file_size + 1) for info in infos]
 
 
 def _array(content: bytes, what: str) -> Shaped[np.ndarray, "..."]:
@@ -358,8 +403,21 @@ def _array(content: bytes, what: str) -> Shaped[np.ndarray, "..."]:
         return array.reshape(shape, order="F" if is_fortran else "C")
 
 
-def _from_csv(path: Path) -> Arrays:
-    """A line of names, then lines of numbers. One column may hold labels."""
+class _Table(NamedTuple):
+    """What a .csv file holds.
+
+    ``numbers`` has the number of each row's line. ``are_whole`` says of each column whether all
+    its numbers are written without a point.
+    """
+
+    names: list[str]
+    values: np.ndarray
+    numbers: array
+    are_whole: list[bool]
+
+
+def _read_csv(path: Path) -> _Table:
+    """A line of names, then lines of numbers."""
     content = _read(path, path, "a .csv file", HALF_OF_MEMORY // 4)  # numbers take more than text
     with _refusing(path, "lines of numbers with commas between, below a line of names"):
         lines = csv.reader(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline=""))
@@ -369,17 +427,24 @@ def _from_csv(path: Path) -> Arrays:
         expected = "a first line of names, each of them once"
         remedy = "write the names of the columns into the first line, with commas between"
         _require(names and is_right, f"{path}, line 1", expected, got, remedy)
-        given = [names.index(name) for name in LABELS if name in names]
-        expected = f"at most one column of labels, {' or '.join(LABELS)}"
-        _require(len(given) < 2, f"{path}, line 1", expected, got, "rename or leave out one")
-        _require(len(names) > len(given), f"{path}, line 1", "a column of numbers", got, "add one")
-        values, numbered = array("d"), array("q")
+        values, numbered, whole = array("d"), array("q"), [*range(len(names))]
         for row in lines:
             if row:  # no empty line
                 values.extend(_numbers(row, names, f"{path}, line {lines.line_num}"))
                 numbered.append(lines.line_num)
+                whole = [i for i in whole if row[i].strip().lstrip("+-").isdecimal()]
     _require(numbered, path, "lines of numbers below the names", "none", "add the data")
     table = np.frombuffer(values, np.float64).reshape(-1, len(names))
+    return _Table(names, table, numbered, [i in whole for i in range(len(names))])
+
+
+def _from_csv(path: Path) -> Arrays:
+    """The columns of a table as x. One column may hold labels."""
+    names, table, numbered, _ = _read_csv(path)
+    given = [names.index(name) for name in LABELS if name in names]
+    expected, got = f"at most one column of labels, {' or '.join(LABELS)}", ", ".join(names)[:200]
+    _require(len(given) < 2, f"{path}, line 1", expected, got, "rename or leave out one")
+    _require(len(names) > len(given), f"{path}, line 1", "a column of numbers", got, "add one")
     if not given:
         return {"x": table}
     c = table[:, given[0]]
