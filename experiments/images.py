@@ -21,21 +21,17 @@ from tabulate import tabulate
 from experiments import pictures
 from experiments.datasets import Dataset, Record, load
 from experiments.experiment import DataTree, Experiment, Figure, Fits
-from experiments.runner import number
+from experiments.runner import fit_anew, number
 from experiments.settings import check_fraction, check_known, check_least, check_positive
 from inference import (
     OBJECTIVES,
     ElboTerms,
     Estimate,
-    Fit,
     FreeBits,
-    Held,
     KLWarmUp,
     KLWeighted,
     LabelCheck,
-    Prepared,
     elbo_terms,
-    fit,
     label_check,
     log_likelihood,
     pareto_k_threshold,
@@ -49,7 +45,6 @@ from models.likelihoods import LIKELIHOODS, PIXEL_LIKELIHOODS, Likelihood, Pixel
 from models.networks import softplus
 
 ENCODERS = ("network", "per-datum")
-PER_DATUM_STEPS = 1000  # A table of numbers is fitted to the test images in so many steps.
 JUDGING_SEED = 20_150_901  # It is folded with the run's seed, and gives the draws of the judges.
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -366,7 +361,9 @@ def judge(config: Config, data: Dataset, fits: Fits) -> Judged:
     test, key = fitted.prepare(data.test), judging_key(config)
     labels = None
     if config.encoder == "per-datum":
-        fitted = fit_anew(config, fitted, test)
+        model: Any = fitted.model
+        guide = config.make_guide(model, len(test["x"]))
+        fitted = fit_anew(fitted, guide, test, config.seed, progress)
     elif isinstance(config, LabelConfig) and "c" in test:
         labels = label_check(
             fitted,
@@ -381,33 +378,6 @@ def judge(config: Config, data: Dataset, fits: Fits) -> Judged:
         log_likelihood(fitted, test, key=key, num_samples=config.num_samples, progress=progress),
         sample_posterior(fitted, test, key=key),
         labels,
-    )
-
-
-def fit_anew(config: Config, fitted: Fit, test: Prepared) -> Fit:
-    """A fit of the test images: the models as they are, each with a new table of numbers."""
-    model: Any = fitted.model
-    guide = config.make_guide(model, len(test["x"]))
-    anew = [
-        fit(
-            Held(model, fitted.params_of(i)),
-            guide,
-            test,
-            optimizer=optax.adam(optax.cosine_decay_schedule(0.05, PER_DATUM_STEPS)),
-            num_steps=PER_DATUM_STEPS,
-            batch_size=len(test["x"]),
-            seed=config.seed,
-            progress=config.progress,
-        )
-        for i in range(fitted.num_seeds)
-    ]
-    own = jax.tree.map(lambda *params: jnp.concatenate(params), *(each.params for each in anew))
-    return replace(
-        fitted,
-        guide=guide,
-        params=fitted.params | own,
-        config=fitted.config | {"data": anew[0].config["data"]},
-        batch=anew[0].batch,
     )
 
 

@@ -5,18 +5,24 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments import runs
 from experiments.compiled import keep_compiled
 from experiments.experiment import Experiment, Fits
 from experiments.settings import to_json
-from inference import Estimate, Fit, fit
+from inference import Estimate, Fit, Held, Prepared, fit
+from inference.fit import programs_of
 from inference.sites import preparation
+
+PER_DATUM_STEPS = 1000  # A table of numbers is fitted to the test data in so many steps.
 
 
 def run(experiment: Experiment, config: Any) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def _finish(
         "num_data": {
             split: len(next(iter(arrays.values()))) for split, arrays in runs.splits(data).items()
         },
-        "num_parameters": sum(p.size for p in jax.tree.leaves(main.params)) // main.num_seeds,
+        "num_parameters": _num_parameters(main),
         "num_steps": {name: known.info["num_steps"] for name, known in fits.items()},
         **experiment.summarize(config, data, fits, judged),
         "seconds": seconds | {"evaluate": time.perf_counter() - judging},
@@ -121,6 +127,50 @@ def _finish(
     runs.write_json(path / "result.json", result)
     shutil.rmtree(path / "checkpoints")  # the fits have it all
     return result
+
+
+def _num_parameters(fitted: Fit) -> int:
+    """How many numbers a seed has trained."""
+    fixed = programs_of(fitted, fitted.batch).fixed
+    trained = {name: value for name, value in fitted.params.items() if name not in fixed}
+    return sum(p.size for p in jax.tree.leaves(trained)) // fitted.num_seeds
+
+
+def fit_anew(fitted: Fit, guide: Any, test: Prepared, seed: int, progress: bool) -> Fit:
+    """A fit of the test data, if the guide has a table of numbers for the training data.
+
+    All parameters stay as they are, but each seed gets a new table.
+
+    Args:
+        fitted: the fit of the training data.
+        guide: the same guide, with a table for the test data.
+        test: the test data.
+        seed: the random seed.
+        progress: whether to show progress.
+    """
+    if "encoder" not in fitted.params:
+        return fitted
+    anew = []
+    for i in range(fitted.num_seeds):
+        params = {n: value for n, value in fitted.params_of(i).items() if n != "encoder"}
+        one = fit(
+            Held(fitted.model, params),
+            Held(guide, params),
+            test,
+            optimizer=optax.adam(optax.cosine_decay_schedule(0.05, PER_DATUM_STEPS)),
+            num_steps=PER_DATUM_STEPS,
+            seed=seed,
+            progress=progress,
+        )
+        anew.append(one)
+    tables = jax.tree.map(lambda *params: jnp.concatenate(params), *(one.params for one in anew))
+    return replace(
+        fitted,
+        guide=guide,
+        params=fitted.params | tables,
+        config=fitted.config | {"data": anew[0].config["data"]},
+        batch=anew[0].batch,
+    )
 
 
 def number(judged: Estimate) -> dict[str, Any]:
