@@ -65,6 +65,11 @@ class Experiment:
         main: ``main(config)`` returns the name of the fit that a run is known for.
         record: the class of ``data.record``, a dataclass that JSON can hold. It is all that the
             programs need to know of the data.
+        files: ``files(config)`` returns what files the directory of a run keeps a copy of, their
+            contents by name.
+        own: ``own(config, record, model)`` returns the model and the guide, if the model is the
+            user's own and lies in no script. ``runs.load`` then asks for it, by the name in
+            ``config.program``. None for a script that knows its model.
     """
 
     name: str
@@ -80,3 +85,5 @@ class Experiment:
     names: Callable[[Any], Sequence[str]] = lambda config: ("fit",)
     main: Callable[[Any], str] = lambda config: "fit"
     record: type = Record
+    files: Callable[[Any], Mapping[str, bytes]] = lambda config: {}
+    own: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None

@@ -14,6 +14,7 @@ A run directory holds
 - ``result.json``: the numbers, the device, versions and seconds. A run that has it is finished
 - ``trace.nc``: the ELBO traces and the judged numbers by datum, for ArviZ
 - ``fits/``: the fits, as ``Fit.save`` writes them
+- ``program.py``: a copy of the file with the model, if it is your own (``experiments/train.py``)
 - figures
 
 The same command finds its own directory again and goes on where it was killed. The directory of
@@ -26,8 +27,10 @@ import datetime
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +50,7 @@ else:  # slow to import
     DataFrame = Any
 
 FORMAT = 1  # The layout of a run directory. It rises when an older version cannot read it.
+PROGRAM = "program.py"  # the copy of a user's own program
 IDENTITY = ("experiment", "settings", "record", "data")  # what makes two runs the same
 
 
@@ -67,7 +71,11 @@ class Run:
         config: its settings, with ``out`` as the directory.
         record: what its model knows of the data.
         result: its numbers, from ``result.json``.
-        fits: its fits by name.
+        fits: its fits by name. Empty without the program of a user's own model.
+        missing: what ``load`` was not given to open the fits, and what to do. None if all is there.
+
+    Raises:
+        RunError: ``fit`` is asked for, and the program is missing.
     """
 
     path: Path
@@ -76,10 +84,13 @@ class Run:
     record: Any
     result: dict[str, Any]
     fits: dict[str, Fit]
+    missing: str | None = None
 
     @property
     def fit(self) -> Fit:
         """The fit that the run is known for."""
+        if self.missing is not None:
+            raise RunError(self.missing)
         return self.fits[self.experiment.main(self.config)]
 
     @property
@@ -113,18 +124,26 @@ class Run:
             if (number := self.result.get(name))
         )
         words = ", ".join((f"{self.experiment.name} on {self.record.name}", *numbers))
-        return f"Run in {self.path}: {words} (nats per datum); fits: {', '.join(self.fits)}"
+        fits = ", ".join(self.fits) or f"none. {self.missing}"
+        return f"Run in {self.path}: {words} (nats per datum); fits: {fits}"
 
 
-def load(path: str | os.PathLike) -> Run:
+def load(path: str | os.PathLike, model: Any = None) -> Run:
     """Opens a finished run. The data and the device of the training are not needed.
+
+    No code of the run's directory is executed. A run of your own model (``experiments/train.py``)
+    needs that model to open its fit. Without it there are the settings, the numbers and the tree.
 
     Args:
         path: the run's directory.
+        model: your own model, as the file of the run has it under its name. None for a script's.
 
     Raises:
-        RunError: the directory is no finished run, or it is damaged.
+        RunError: the directory is no finished run, or it is damaged; a model that does not fit.
         FitError: a saved fit is damaged, or the programs have changed since.
+
+    Warns:
+        UserWarning: the model's file is another one than the run's.
     """
     from inference import Fit, FitError  # slow to import
     from inference.sites import preparation
@@ -138,14 +157,23 @@ def load(path: str | os.PathLike) -> Run:
             f"command that began it"
         )
     experiment = _experiment(path, described["experiment"])
+    if model is not None and experiment.own is None:
+        raise RunError(
+            f"model: expected none for a run of {experiment.name}, which knows its own, got "
+            f"{model!r:.50}; leave it out"
+        )
     fits: dict[str, Fit] = {}
+
+    def opened(name: str, program: Any, guide: Any) -> Fit:
+        return Fit.load(path / "fits" / name, program, guide, preprocess=preparation(program))
+
     try:
         config = from_json(experiment.config, described["settings"], out=path)
         record = experiment.record(**described["record"])
-        for name in experiment.names(config):
-            model, guide = experiment.programs(config, record, name, fits)
-            where, prepare = path / "fits" / name, preparation(model)
-            fits[name] = Fit.load(where, model, guide, preprocess=prepare)
+        if experiment.own is None:
+            for name in experiment.names(config):
+                fits[name] = opened(name, *experiment.programs(config, record, name, fits))
+            return Run(path, experiment, config, record, result, fits)
     except FitError:
         raise
     except (ValueError, TypeError, KeyError) as error:
@@ -153,7 +181,39 @@ def load(path: str | os.PathLike) -> Run:
             f"{path / 'config.json'}: expected a run's settings, got some that cannot be used "
             f"({' '.join(str(error).split())}); give the directory of a run"
         ) from error
+    if model is None:
+        missing = (
+            f"{path}: expected the model, {config.program} in the training, to open the fit, got "
+            f"none; import it and write runs.load(path, model=...). {path / PROGRAM} is a copy of "
+            f"its file"
+        )
+        return Run(path, experiment, config, record, result, fits, missing)
+    _check_source(path, model, described)
+    name = experiment.main(config)
+    fits[name] = opened(name, *experiment.own(config, record, model))
     return Run(path, experiment, config, record, result, fits)
+
+
+def _check_source(path: Path, model: Any, described: Mapping[str, Any]) -> None:
+    """Warns if the file that a model comes from has changed since the run.
+
+    A model may come from a file that the run's only imports. That one has another name.
+    """
+    while hasattr(model, "func"):  # functools.partial
+        model = model.func
+    try:
+        named = model if hasattr(model, "__qualname__") else type(model)
+        source = Path(inspect.getsourcefile(named) or "")
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    except (TypeError, OSError):  # it comes from no file
+        return
+    same_name = source.name == Path(described["settings"]["program"].rpartition(":")[0]).name
+    if same_name and digest != described.get("files", {}).get(PROGRAM):
+        warnings.warn(
+            f"model: expected the file of the run, a copy of which is {path / PROGRAM}, got "
+            f"{source}, which is another; the parameters may mean something else there",
+            stacklevel=3,
+        )
 
 
 def read_tree(path: Path) -> DataTree:
@@ -249,6 +309,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def claim(experiment: Experiment, config: Any, data: Any) -> Iterator[Path]:
     """The directory of a run, locked against other processes until the run ends.
 
+    A run that fails before it has saved anything leaves no directory behind.
+
     Args:
         experiment: the script.
         config: its settings. ``out`` is the directory, or None for a new one in ``runs/``.
@@ -258,7 +320,9 @@ def claim(experiment: Experiment, config: Any, data: Any) -> Iterator[Path]:
         ValueError: the directory is in use, or holds another run or something else.
         OSError: it cannot be made or written.
     """
+    is_new = config.out is None or not Path(config.out).exists()
     path = new_directory(Path("runs"), experiment.name) if config.out is None else Path(config.out)
+    files = dict(experiment.files(config))
     described = {
         "format": FORMAT,
         "guidebook": importlib.metadata.version("guidebook"),
@@ -267,6 +331,7 @@ def claim(experiment: Experiment, config: Any, data: Any) -> Iterator[Path]:
         "settings": to_json(config),
         "record": json.loads(json.dumps(dataclasses.asdict(data.record))),
         "data": describe(data),
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
     with contextlib.ExitStack() as stack:
         try:
@@ -274,8 +339,12 @@ def claim(experiment: Experiment, config: Any, data: Any) -> Iterator[Path]:
             _check_own(path, experiment, described)
             if not (path / "result.json").exists():  # a finished run is only read
                 stack.enter_context(FileLock(path / ".lock", timeout=0))
-            if not (path / "config.json").exists():
+            begins = not (path / "config.json").exists()
+            if begins:
                 write_json(path / "config.json", described)
+            if not (path / "result.json").exists():
+                for name, content in files.items():
+                    (path / name).write_bytes(content)
         except Timeout as error:
             raise ValueError(
                 f"out: expected a directory that no other process writes, got {path}, where a run "
@@ -286,7 +355,16 @@ def claim(experiment: Experiment, config: Any, data: Any) -> Iterator[Path]:
                 f"out: expected a directory that can be written; {path}: "
                 f"{error.strerror or error}; give another with --out"
             ) from error
-        yield path
+        try:
+            yield path
+        except Exception:
+            written = {"config.json", *files}
+            if begins and {p.name for p in path.iterdir() if p.name[0] != "."} <= written:
+                for name in (*written, ".lock"):
+                    (path / name).unlink(missing_ok=True)
+                if is_new:
+                    path.rmdir()
+            raise
 
 
 def _check_own(path: Path, experiment: Experiment, described: dict[str, Any]) -> None:
@@ -305,6 +383,7 @@ def _check_own(path: Path, experiment: Experiment, described: dict[str, Any]) ->
         {"experiment": known["experiment"]}
         | known["settings"]
         | known["data"]
+        | known.get("files", {})
         | {f"the data's {name}": value for name, value in known["record"].items()}
         for known in (found, described)
     )
