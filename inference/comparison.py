@@ -411,8 +411,8 @@ def _name(tree: DataTree, what: str) -> str:
     own = described.split("(")[0].split(".<locals>")[0].split(".")[-1]
     if what == "model":
         own = str(tree.attrs.get("experiment", own))
-        preset = settings.get("preset")
-        return f"{own} {preset}" if preset else own
+        which = settings.get("preset") or settings.get("program")
+        return f"{own} {which}" if which else own
     return str(settings.get(what) or own)
 
 

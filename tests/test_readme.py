@@ -5,8 +5,9 @@
 ``bash`` blocks hold one command a line, and each is executed or checked by the rule of ``check``
 that knows it; so is a command within a sentence, `` `uv sync` ``. An experiment's settings are
 checked. The last command that names a script is executed, in an empty directory, with the page's
-arguments and the settings of ``SMALL`` after them. What would take long or change the machine is
-only checked: an installation names extras that exist, a benchmark accepts its arguments and
+arguments and the settings of ``SMALL`` after them. A block that begins with ``# my_model.py`` is a
+file of that name there, and ``my.npz`` has data for it. What would take long or change the machine
+is only checked: an installation names extras that exist, a benchmark accepts its arguments and
 ``--help``, and the test suite is started as in ``.ci/run``. A command that no rule knows fails.
 
 ``text`` blocks show output, which differs from machine to machine, and ``bibtex`` blocks cite:
@@ -27,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import tyro
 
@@ -53,6 +55,7 @@ SMALL = {
     "--num-test 20 --num-samples 5 --no-progress",
     "compare": "",
     "runs": "",
+    "train": "--num-epochs 1 --num-samples 5 --no-progress",
     "linear_gaussian": "--dataset digits --num-train 200 --num-latents 3 --num-steps 20 "
     "--no-progress",
     "gaussian_mean": "--num-data 2000 --num-steps 100 --batch-size 100 --num-seeds 2 --no-progress",
@@ -282,11 +285,21 @@ def test_python(page, tmp_path):
 LONG = ("mnist_quadrants.py", "svhn_vae.py", "linear_gaussian.py", "mnist_cvae.py", "compare.py")
 
 
+def write_own_files(page, directory):
+    """The user's files that a command on the page names."""
+    for language, _, lines in read_blocks(PAGES[page]):
+        if language == "python" and lines[0] == "# my_model.py":
+            (directory / "my_model.py").write_text("\n".join(lines))
+            c, x = np.random.default_rng(0).normal(size=(2, 50))
+            np.savez(directory / "my.npz", c=c, x=x)
+
+
 @pytest.mark.parametrize(
     ("page", "number", "command"),
     [pytest.param(*found, id=f"{found[0]} {found[1]}: {found[2]}") for found in COMMANDS],
 )
 def test_command(page, number, command, tmp_path):
+    write_own_files(page, tmp_path)
     is_long = any(script in command for script in LONG)
     check_command(number, command, tmp_path, runs=(page, number) in LAST.values() and not is_long)
 
