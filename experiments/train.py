@@ -33,15 +33,13 @@ import jax
 import numpy as np
 import optax
 from jax import random
-from numpyro.handlers import replay, seed
-from numpyro.infer.util import compute_log_probs
 from tabulate import tabulate
 from tyro.conf import Positional
 
 from experiments import datasets, pictures
 from experiments.experiment import DataTree, Experiment, Figure, Fits
 from experiments.runner import fit_anew, number, run
-from experiments.runs import PROGRAM, describe_arrays
+from experiments.runs import PROGRAM
 from experiments.settings import (
     check_fraction,
     check_known,
@@ -58,6 +56,7 @@ from inference import (
     ProgramError,
     elbo_terms,
     log_likelihood,
+    log_predictive_density,
     pareto_k_threshold,
     pointwise_elbo,
     sample_posterior,
@@ -502,50 +501,15 @@ def judge(config: Config, data: Data, fits: Fits) -> Judged:
         record = dataclasses.replace(data.record, num_data=length(judged))
         guide = with_guide(config, record, fitted.model)[1]
         fitted = fit_anew(fitted, guide, judged, config.seed, config.progress)
+    draws = {"num_samples": config.num_samples, "progress": config.progress}
     if data.test and not known.has_globals:
         elbo = pointwise_elbo if known.summed else elbo_terms
         numbers.append(elbo(fitted, judged, key=key, num_samples=10))
-        draws = {"num_samples": config.num_samples, "progress": config.progress}
         numbers.append(log_likelihood(fitted, judged, key=key, **draws))
-    elif data.test and not known.summed:
-        numbers.append(held_out_elbo(fitted, judged, key, config.num_samples))
+    elif data.test and not known.summed:  # all data share the draws: they need more
+        numbers.append(elbo_terms(fitted, judged, key=key, **draws))
+        numbers.append(log_predictive_density(fitted, judged, key=key, **draws))
     return Judged(tuple(numbers), _posterior(config, fitted, judged, key))
-
-
-def held_out_elbo(fitted: Fit, test: Prepared, key: Any, num_samples: int) -> Estimate:
-    """The ELBO of each datum of a model with global sites theta: E_q [log p(x | theta)].
-
-    Local sites enter with their terms, as in the held-out ELBO of ``fit``. The divergence of the
-    global sites is no part of it. All data share the draws of theta.
-
-    Args:
-        fitted: the fit.
-        test: held-out data, prepared.
-        key: a random key.
-        num_samples: draws of all sites.
-    """
-    plates, size = data_plates(fitted.model, **test), length(test)
-
-    def draw(values: Any, key: Any) -> Any:
-        guide_key, model_key = random.split(key)
-        guide, model = seed(fitted.guide, guide_key), seed(fitted.model, model_key)
-        log_q, q = compute_log_probs(guide, (), dict(test), values, sum_log_prob=False)
-        model = replay(model, q)
-        log_p, p = compute_log_probs(model, (), dict(test), values, sum_log_prob=False)
-        of_p, of_q = (
-            plates.sum_by_datum({n: log[n] for n in log if plates.hold(sites[n])}, sites, size)
-            for log, sites in ((log_p, p), (log_q, q))
-        )
-        return of_p - of_q
-
-    @jax.jit
-    def mean(values: Any) -> Any:
-        keys = random.split(key, num_samples)
-        return jax.lax.map(lambda key: draw(values, key), keys).mean(0)
-
-    pointwise = [mean(fitted.params_of(i) | fitted.mutable_of(i)) for i in range(fitted.num_seeds)]
-    described = describe_arrays(test) if test.source is None else test.source
-    return Estimate("elbo", np.stack(pointwise), num_samples, described)
 
 
 def _posterior(config: Config, fitted: Fit, judged: Prepared, key: Any) -> dict[str, Any] | None:
@@ -554,9 +518,7 @@ def _posterior(config: Config, fitted: Fit, judged: Prepared, key: Any) -> dict[
     shared = [name for name in known.latents if name in known.globals]
     if not shared:
         return sample_posterior(fitted, judged, key=key) if known.latents else None
-    some = Prepared({n: a[:1] for n, a in judged.items()}) if known.takes_batches else judged
-    draws = sample_posterior(fitted, some, config.num_samples, key=key)
-    return {name: draws[name] for name in shared}
+    return sample_posterior(fitted, judged, config.num_samples, key=key, return_sites=shared)
 
 
 def summarize(config: Config, data: Data, fits: Fits, judged: Judged) -> dict[str, Any]:
@@ -623,9 +585,7 @@ def table(result: Mapping[str, Any]) -> str:
             + ("" if pareto_k else f"; k-hat: not available, needs {FEWEST_FOR_TAIL} samples")
         )
     elif rows:
-        notes.append(
-            "ELBO: E_q [log p(x | theta)], without the divergence of the global sites theta"
-        )
+        notes.append("ELBO: given the global sites, without their divergence")
     return (
         f"{config['program']} on {result['dataset']}: {counts} data; "
         f"{result['num_parameters']} parameters\n\n{body}\n\n" + "\n".join(notes)
