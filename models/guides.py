@@ -70,6 +70,8 @@ from models.encoders import Data, Inputs, MakeEncoder, PerDatum, default_network
 from models.networks import MLP, network, positive, still
 
 GLOBALS = ("mean_field", "full_covariance")
+UNIT = math.log(math.e - 1)  # softplus(UNIT) = 1
+NARROW = math.log(math.exp(0.1) - 1) - UNIT  # of a scale that starts at a tenth
 
 # --- what the families share ----------------------------------------------------------------------
 
@@ -274,13 +276,18 @@ def _all_sizes(family: Chain, blocks: Sequence[Block]) -> dict[str, dict[str, in
 
 
 def _global_numbers(sizes: Mapping[str, dict[str, int]]) -> dict[str, Numbers]:
-    """Parameters for the global sites, one number for all data: (1, numbers) each."""
+    """Parameters for the global sites, one number for all data: (1, numbers) each.
+
+    The scales start at a tenth of the prior's: all data share a draw, so wide draws would drown the
+    gradient in noise.
+    """
 
     def start(key: Array) -> dict[str, Numbers]:
         keys = random.split(key, len(sizes))
         return {
             name: {
-                group: 0.1 * random.normal(random.fold_in(key, i), (size,), jnp.float32)
+                group: (NARROW if group == "raw" else 0)
+                + 0.1 * random.normal(random.fold_in(key, i), (size,), jnp.float32)
                 for i, (group, size) in enumerate(groups.items())
             }
             for key, (name, groups) in zip(keys, sizes.items(), strict=True)
@@ -310,7 +317,7 @@ def _loc_scale(block: Block, start: Start, numbers: Numbers) -> tuple[Array, Arr
 
 def _unit_scale(raw: Array) -> Array:
     """Scales that are 1 at 0, so that a guide starts as wide as the prior."""
-    return positive(raw + math.log(math.e - 1))
+    return positive(raw + UNIT)
 
 
 def _residuals(past: Sequence[Drawn]) -> Array:
