@@ -63,6 +63,8 @@ class Experiment:
         table: ``table(result)`` returns the result as a person reads it.
         names: ``names(config)`` returns the names of the fits, in the order of their training.
         main: ``main(config)`` returns the name of the fit that a run is known for.
+        arrays: ``arrays(data, name)`` returns the arrays that the fit ``name`` is trained on, by
+            name. All of ``data.train`` by default.
         record: the class of ``data.record``, a dataclass that JSON can hold. It is all that the
             programs need to know of the data.
         files: ``files(config)`` returns what files the directory of a run keeps a copy of, their
@@ -84,6 +86,7 @@ class Experiment:
     table: Callable[[dict[str, Any]], str]
     names: Callable[[Any], Sequence[str]] = lambda config: ("fit",)
     main: Callable[[Any], str] = lambda config: "fit"
+    arrays: Callable[[Any, str], Mapping[str, Any]] = lambda data, name: data.train
     record: type = Record
     files: Callable[[Any], Mapping[str, bytes]] = lambda config: {}
     own: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None

@@ -78,7 +78,7 @@ def train(
         fits[name] = fit(
             model,
             guide,
-            data.train,
+            experiment.arrays(data, name),
             preprocess=preparation(model),
             checkpoint=path and path / "checkpoints" / name,
             progress=config.progress,
