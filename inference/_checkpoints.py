@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 # Parts of a run's identity: where it was made, how long it is, what was compiled.
 MADE_BY = ("versions", "device", "mesh")
@@ -124,8 +125,11 @@ class Checkpoints:
     def restore(self, template: Any) -> Any:
         """The newest whole checkpoint, shaped like ``template``."""
         args = self._orbax.args
-        composite = args.Composite(state=args.StandardRestore(template))
-        return self._manager.restore(self._manager.latest_step(), args=composite)["state"]
+        composite = args.Composite(state=args.StandardRestore(_filled(template)))
+        found = self._manager.restore(self._manager.latest_step(), args=composite)["state"]
+        return jax.tree.map(
+            lambda t, x: np.zeros(t.shape, t.dtype) if _is_empty(t) else x, template, found
+        )
 
     def save(self, step: int, state: Any) -> None:
         """Writes ``state`` under the name of ``step`` and drops all but the last two.
@@ -136,11 +140,21 @@ class Checkpoints:
             return
         args = self._orbax.args
         parts = args.Composite(
-            state=args.StandardSave(jax.device_get(state)), identity=args.JsonSave(self._identity)
+            state=args.StandardSave(_filled(jax.device_get(state))),
+            identity=args.JsonSave(self._identity),
         )
         with _ctrl_c_waits():
             self._manager.save(step, args=parts)
             self._saved = step
+
+
+def _filled(tree: Any) -> Any:
+    """The tree with one zero in place of each empty array. Orbax saves no empty arrays."""
+    return jax.tree.map(lambda x: np.zeros(1, x.dtype) if _is_empty(x) else x, tree)
+
+
+def _is_empty(leaf: Any) -> bool:
+    return getattr(leaf, "size", 1) == 0
 
 
 @contextlib.contextmanager

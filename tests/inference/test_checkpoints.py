@@ -263,6 +263,19 @@ def test_a_run_becomes_longer(saved_halfway, plain, tmp_path):
     assert_same_bits(run(checkpoint=directory), plain)
 
 
+def test_a_parameter_without_entries_is_saved_too(tmp_path):
+    def with_empty(c, x):
+        numpyro.param("none", np.zeros((2, 0), np.float32))
+        guide(c, x)
+
+    settings = {"batch_size": 20, "progress": False, "checkpoint": tmp_path / "c"}
+    fit(model, with_empty, DATA, num_steps=10, **settings)
+    longer = fit(model, with_empty, DATA, num_steps=20, **settings)
+    assert longer.params["none"].shape == (1, 2, 0)
+    whole = fit(model, with_empty, DATA, num_steps=20, **(settings | {"checkpoint": None}))
+    assert_same_bits(longer, whole)
+
+
 def test_a_run_whose_settings_depend_on_its_length_does_not(tmp_path):
     def train(num_steps, decay_steps):
         schedule = optax.cosine_decay_schedule(0.01, decay_steps)
