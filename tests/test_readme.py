@@ -58,6 +58,7 @@ SMALL = {
     "train": "--num-epochs 1 --num-samples 5 --no-progress",
     "linear_gaussian": "--dataset digits --num-train 200 --num-latents 3 --num-steps 20 "
     "--no-progress",
+    "exact": "--quick --num-steps 20 --no-progress",
     "gaussian_mean": "--num-data 2000 --num-steps 100 --batch-size 100 --num-seeds 2 --no-progress",
 }
 
@@ -283,6 +284,7 @@ def test_python(page, tmp_path):
 
 # Scripts that take long here, and that tests/experiments runs in the quick suite.
 LONG = ("mnist_quadrants.py", "svhn_vae.py", "linear_gaussian.py", "mnist_cvae.py", "compare.py")
+LONG += ("exact.py",)
 
 
 def write_own_files(page, directory):

@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 
 from experiments import (
+    exact,
     gaussian_mean,
     linear_gaussian,
     mnist_cvae,
@@ -29,6 +30,11 @@ SCRIPTS = {
         linear_gaussian,
         {"dataset": "lines.npz", "given_label": True, "guides": ("mean-field",), "num_seeds": 2}
         | {"num_train": 500, "num_latents": 3, "num_steps": 200, "batch_size": 100},
+    ),
+    "exact": (
+        exact,
+        {"quick": True, "objectives": ("Trace_ELBO",), "num_steps": 300, "num_latents": 2}
+        | {"num_particles": 1},
     ),
     "mnist_vae": (
         mnist_vae,

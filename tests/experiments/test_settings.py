@@ -9,6 +9,7 @@ import pytest
 
 from experiments import (
     compare,
+    exact,
     gaussian_mean,
     linear_gaussian,
     mnist_cvae,
@@ -20,7 +21,7 @@ from experiments import (
 from experiments.benchmarks import speed
 from experiments.settings import UNSAVED, command_line, from_json, to_json
 
-MODULES = (gaussian_mean, linear_gaussian, mnist_vae, mnist_cvae, svhn_vae, mnist_quadrants)
+MODULES = (gaussian_mean, linear_gaussian, exact, mnist_vae, mnist_cvae, svhn_vae, mnist_quadrants)
 MODULES += (compare, runs, speed)
 
 
