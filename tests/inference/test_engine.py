@@ -15,7 +15,7 @@ import numpyro.distributions as dist
 import optax
 import pandas as pd
 import pytest
-from numpyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from numpyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO
 from numpyro.infer.elbo import ELBO
 
 from inference import NonFiniteError, Prepared, fit
@@ -195,7 +195,6 @@ def test_parameters_are_frozen_by_configuration(start):
     "objective",
     [
         Trace_ELBO(num_particles=2, vectorize_particles=False),
-        TraceMeanField_ELBO(),
         TraceGraph_ELBO(),
         RenyiELBO(alpha=0.5, num_particles=3),
     ],
