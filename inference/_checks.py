@@ -23,7 +23,7 @@ from numpyro import handlers
 from numpyro.distributions.kl import kl_divergence
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.ops.provenance import eval_provenance
-from numpyro.primitives import Messenger, apply_stack
+from numpyro.primitives import Messenger
 
 from inference._data import leading_length
 from inference.sites import (
@@ -39,9 +39,12 @@ from inference.sites import (
     is_auxiliary,
     is_fixed,
     is_latent,
+    is_scanned,
     is_summed,
     mask_of,
+    no_draws,
     plate_sizes,
+    site_in_flight,
     trace_of,
     values_needed,
 )
@@ -81,6 +84,7 @@ class Programs:
         fixed: those parameters that no optimiser moves.
         mutable: likewise for the mutable state.
         summed: the model's latent sites that the guide does not draw, to be summed over.
+        scanned: those of them that lie inside a scan.
         enumerated: the guide's latent sites that an objective may sum over.
         tied_to: what binds the guide to the data it was fitted to, in words, or None.
     """
@@ -94,6 +98,7 @@ class Programs:
     fixed: frozenset[str]
     mutable: dict[str, Any]
     summed: tuple[str, ...]
+    scanned: tuple[str, ...]
     enumerated: tuple[str, ...]
     tied_to: str | None
 
@@ -164,6 +169,7 @@ def look(
         for name, site in here.model.items()
         if site["type"] == "sample" and site["is_observed"] and not is_auxiliary(site)
     }
+    summed = tuple(n for n, s in here.model.items() if is_summed(s) and n not in here.draws)
     return Programs(
         plates=plates,
         globals=tuple(name for name, site in sampled.items() if not plates.hold(site)),
@@ -173,7 +179,8 @@ def look(
         params=here.params,
         fixed=frozenset(n for n, s in (here.guide | here.model).items() if is_fixed(s)),
         mutable=here.mutable,
-        summed=tuple(n for n, s in here.model.items() if is_summed(s) and n not in here.draws),
+        summed=summed,
+        scanned=tuple(name for name in summed if is_scanned(here.model[name])),
         enumerated=tuple(name for name, site in here.draws.items() if is_summed(site)),
         tied_to=tied_to,
     )
@@ -454,24 +461,16 @@ def _trace(
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         raise ProgramError(values_needed(role, error, batch)) from error
     except Exception as error:
-        site = _site_in_flight(error)
+        site = site_in_flight(error)
         if site is not None:
             _check_plate_sizes(role, site, error)
+        if site is not None and isinstance(error, NotImplementedError):
+            raise ProgramError(no_draws(role, site)) from error
         called = ", ".join(f"{k}: {a.dtype}{list(a.shape)}" for k, a in batch.items())
         where = "" if site is None else f", at site {site['name']!r}"
         error.add_note(f"raised by the {role}{where}, called with keyword arguments {called}")
         raise
     return dict(sites)
-
-
-def _site_in_flight(error: Exception) -> Site | None:
-    """The sample site NumPyro was at when it raised: plates complain without a name."""
-    site, traceback = None, error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code is apply_stack.__code__:
-            site = traceback.tb_frame.f_locals["msg"]
-        traceback = traceback.tb_next
-    return site if site is not None and site["type"] == "sample" else None
 
 
 # --- each site ------------------------------------------------------------------------------------

@@ -61,9 +61,12 @@ def as_arrays(data: Any, name: str = "data") -> Arrays:
 def _as_array(value: Any, name: str) -> Any:
     if not isinstance(value, np.ndarray | np.generic | Array):
         if not (isinstance(value, list | tuple) or hasattr(value, "__array__")):
+            remedy = "convert it with numpy.asarray"
+            if isinstance(value, Mapping):
+                remedy = "make each of its arrays an argument of the model"
             raise TypeError(
                 f"{name}: expected a NumPy or JAX array or a list, with one entry per datum, got "
-                f"{type(value).__name__}; convert it with numpy.asarray"
+                f"{type(value).__name__}; {remedy}"
             )
         try:
             value = np.asarray(value)
@@ -118,7 +121,10 @@ def leading_length(arrays: Mapping[str, Any], name: str) -> int:
         ValueError: there are no arrays, or their lengths differ.
     """
     if not arrays:
-        raise ValueError(f"{name}: expected at least one array, got an empty mapping")
+        raise ValueError(
+            f"{name}: expected at least one array, got an empty mapping; give the arrays that the "
+            f"model observes"
+        )
     lengths = {key: array.shape[0] for key, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{key!r}: {length}" for key, length in lengths.items())

@@ -285,6 +285,12 @@ def _check_objectives(
             f"objective: {name} weighs whole data sets where there are global latent variables: "
             f"expected batch_size {settings.num_data}, got {settings.batch_size}"
         )
+    if programs.scanned:
+        raise ValueError(
+            f"model site {programs.scanned[0]!r}: expected a summed site outside scan, got one "
+            f"inside, where NumPyro's TraceEnum_ELBO gives a wrong sum; sum over the states in the "
+            f"model (the forward algorithm), and add the log of the sum by numpyro.factor"
+        )
     if programs.summed and not objective.can_infer_discrete:
         raise ValueError(
             f"objective: expected one that sums over the sites {', '.join(programs.summed)}, got "

@@ -23,6 +23,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.kl import kl_divergence
 from numpyro.handlers import block, seed, substitute, trace
 from numpyro.ops.provenance import eval_provenance
+from numpyro.primitives import apply_stack
 
 Program = Callable[..., Any]
 Batch = Mapping[str, Any]
@@ -112,6 +113,11 @@ def is_auxiliary(site: Site) -> bool:
 def is_summed(site: Site) -> bool:
     """True for a latent site that an objective sums over (``infer={"enumerate": "parallel"}``)."""
     return is_latent(site) and site["infer"].get("enumerate") == "parallel"
+
+
+def is_scanned(site: Site) -> bool:
+    """True for a site inside a ``scan``."""
+    return bool(site.get("_control_flow_done"))
 
 
 def batch_shape(site: Site) -> tuple[int, ...]:
@@ -345,6 +351,11 @@ def _outline(model: Program, shapes: Batch) -> Outline:
         sites = _abstract_sites(model, 0, shapes)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         raise ValueError(values_needed("model", error, shapes)) from error
+    except NotImplementedError as error:
+        site = site_in_flight(error)
+        if site is None:
+            raise
+        raise ValueError(no_draws("model", site)) from error
     longer = None
     try:
         longer = _abstract_sites(model, 0, abstract(shapes, size + 1))
@@ -375,6 +386,25 @@ def values_needed(role: str, error: Exception, batch: Batch) -> str:
     )
 
 
+def no_draws(role: str, site: Site) -> str:
+    """What to tell of a site whose distribution cannot be drawn from."""
+    return (
+        f"{role} site {site['name']!r}: expected a distribution with draws, got "
+        f"{type(base(site['fn'])).__name__}, which has none; take a proper prior, such as a wide "
+        f"Normal, or write the distribution's sample"
+    )
+
+
+def site_in_flight(error: Exception) -> Site | None:
+    """The sample site that NumPyro was at when it raised: it complains without a name."""
+    site, traceback = None, error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code is apply_stack.__code__:
+            site = traceback.tb_frame.f_locals["msg"]
+        traceback = traceback.tb_next
+    return site if site is not None and site["type"] == "sample" else None
+
+
 def _latent_site(site: Site, plates: DataPlates) -> LatentSite:
     batch, support = batch_shape(site), site["fn"].support
     is_known = not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(support))
@@ -391,7 +421,7 @@ def _latent_site(site: Site, plates: DataPlates) -> LatentSite:
 
 def _check_drawable(name: str, site: Site) -> None:
     support = site["fn"].support
-    if site.get("_control_flow_done"):
+    if is_scanned(site):
         raise ValueError(
             f"model site {name!r}: expected a latent site outside scan, got one inside, whose "
             f"steps a family cannot tell apart; draw its noise as one site before the scan, with "

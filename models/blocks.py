@@ -35,7 +35,8 @@ class Block:
         site: what the abstract run found.
         transform: from real numbers to the site's support.
         plates: the shape of its batch axes but the data's.
-        mask: what the model masks the site by, or None.
+        mask: what the model masks the site by, or None. The mask ``False`` counts as None: by it a
+            model says that the prior is flat.
     """
 
     name: str
@@ -106,6 +107,7 @@ def blocks_of(model: Callable[..., Any], found: Outline, data: Data) -> dict[str
         support = computed[name]["fn"].support if site.support is None else site.support
         plates = tuple(n for i, n in enumerate(site.batch) if i != site.data_axis)
         mask = computed[name]["fn"]._mask if site.is_masked else None
+        mask = None if mask is False else mask
         blocks[name] = Block(name, site, Unconstrained(support), plates, mask)
     return blocks
 

@@ -10,7 +10,7 @@ import pytest
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions import transforms
-from numpyro.infer import Trace_ELBO
+from numpyro.infer import Trace_ELBO, TraceEnum_ELBO
 from numpyro.infer.util import log_density
 from scipy import special, stats
 
@@ -581,6 +581,11 @@ def on_a_sphere(x):
         numpyro.sample("z", dist.ProjectedNormal(jnp.zeros(3)))
 
 
+def improper(x):
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+
+
 def named(x):
     numpyro.param("encoder", 1.0)
     with numpyro.plate("data", len(x)):
@@ -605,6 +610,10 @@ def named(x):
         (
             on_a_sphere,
             "model site 'z': expected a support with a bijection to real numbers, got Sp",
+        ),
+        (
+            improper,
+            "model site 'z': expected a distribution with draws, got ImproperUniform, .* wide Nor",
         ),
         (named, "model site 'encoder': expected another name, since MeanField keeps its own"),
     ],
@@ -650,3 +659,46 @@ def test_masked_sites_cost_nothing():
     result = Fit.from_params(model, guide, start(guide, data), example=data)
     np.testing.assert_array_equal(elbo_terms(result, data).elbo.pointwise[0, 1::2], 0)
     assert (elbo_terms(result, data).elbo.pointwise[0, ::2] != 0).all()
+
+
+def test_a_site_that_is_masked_for_good_has_a_flat_prior():
+    """Its density lies elsewhere in the model. So its term in q stays, or q would shrink to 0."""
+
+    def model(x, flat):
+        with handlers.mask(mask=not flat):
+            scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0, 1).mask(not flat))
+            numpyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    data, values = {"x": jnp.ones(4)}, {"scale": jnp.float32(0.7), "z": jnp.arange(4.0)}
+    densities = []
+    for flat in (True, False):
+        guide = guides.mean_field(lambda x, flat=flat: model(x, flat))
+        densities.append(log_q(guide, data, start(guide, data), values))
+    assert densities[0] == densities[1] < -1
+
+
+def test_a_prior_without_draws_is_one_line():
+    data = {"x": jnp.zeros(5)}
+    with pytest.raises(ValueError, match="guide site 'z': expected a distribution with draws"):
+        fit(improper, guides.prior(improper), data, num_steps=1, progress=False)
+
+
+def test_no_sum_inside_a_scan():
+    """NumPyro's objective computes another number than the log density there."""
+
+    def model(x):
+        rate = numpyro.sample("rate", dist.Beta(1.0, 1.0))
+
+        def step(last, x):
+            to = jnp.where(last == 0, rate, 1 - rate)
+            k = numpyro.sample("k", dist.Bernoulli(to), infer={"enumerate": "parallel"})
+            numpyro.sample("x", dist.Bernoulli(0.2 + 0.6 * k), obs=x)
+            return k, None
+
+        scan(step, 0, x)
+
+    guide, data = guides.mean_field(model), {"x": jnp.array([1, 0, 0, 1])}
+    with pytest.raises(ValueError, match="model site 'k': expected a summed site outside scan"):
+        fit(model, guide, data, objective=TraceEnum_ELBO(), num_steps=1, progress=False)
