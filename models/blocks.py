@@ -24,6 +24,7 @@ from models.encoders import Data
 
 Numbers = dict[str, Array]  # what makes the distribution of a site, (N, ...) each
 QUARTILES = 1.349  # the distance of a standard Normal's quartiles
+NEUTRAL = math.log(2)  # softplus(0): the scale that a network's zero stands for
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,10 @@ class Drawn(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where a site's coordinates begin, and their unit: median and spread of prior draws."""
+    """Where a site's coordinates begin, and their unit, from prior draws.
+
+    The unit is such that a network's zero makes a scale as wide as the prior.
+    """
 
     median: Float[Array, "*plates size"]
     spread: Float[Array, "*plates size"]
@@ -134,7 +138,7 @@ def start_of(block: Block, draws: Array) -> dict[str, Array]:
     low, median, high = jnp.quantile(
         real.reshape(-1, *real.shape[2:]), jnp.array([0.25, 0.5, 0.75]), axis=0
     )
-    spread = (high - low) / QUARTILES
+    spread = (high - low) / QUARTILES / NEUTRAL
     is_known = jnp.isfinite(spread) & (spread > 0)
     return {
         "median": jnp.where(jnp.isfinite(median), median, 0),

@@ -70,8 +70,7 @@ from models.encoders import Data, Inputs, MakeEncoder, PerDatum, default_network
 from models.networks import MLP, network, positive, still
 
 GLOBALS = ("mean_field", "full_covariance")
-UNIT = math.log(math.e - 1)  # softplus(UNIT) = 1
-NARROW = math.log(math.exp(0.1) - 1) - UNIT  # of a scale that starts at a tenth
+NARROW = math.log(2**0.1 - 1)  # softplus(NARROW) = softplus(0) / 10
 
 # --- what the families share ----------------------------------------------------------------------
 
@@ -312,12 +311,7 @@ def _check_names(found: Outline, guide: Guide) -> None:
 def _loc_scale(block: Block, start: Start, numbers: Numbers) -> tuple[Array, Array]:
     """Location and scale of every entry, (N, *plates, size), in the coordinates of ``start``."""
     loc, raw = (block.entries(numbers[group]) for group in ("loc", "raw"))
-    return start.median + start.spread * loc, start.spread * _unit_scale(raw)
-
-
-def _unit_scale(raw: Array) -> Array:
-    """Scales that are 1 at 0, so that a guide starts as wide as the prior."""
-    return positive(raw + UNIT)
+    return start.median + start.spread * loc, start.spread * positive(raw)
 
 
 def _residuals(past: Sequence[Drawn]) -> Array:
@@ -325,7 +319,7 @@ def _residuals(past: Sequence[Drawn]) -> Array:
     parts = []
     for block, numbers, real in past:
         loc, raw = (block.entries(numbers[group]) for group in ("loc", "raw"))
-        parts.append(((real - loc) / _unit_scale(raw)).reshape(len(real), -1))
+        parts.append(((real - loc) / positive(raw)).reshape(len(real), -1))
     return jnp.concatenate(parts, axis=1)
 
 

@@ -47,6 +47,7 @@ def test_the_hand_written_vae_is_the_same_arithmetic():
     tree = {
         "encoder": {"mlp": {"layers": {0: layers["e1"], 1: layers["e2"]}}},
         "decoder": {"mlp": {"layers": {0: layers["d1"], 1: layers["d2"]}}},
+        "statistics": {"latents": {"z": {"median": jnp.zeros(50), "spread": jnp.ones(50)}}},
     }
     grey = {"x": jnp.full((4, 28, 28), 100, jnp.uint8)}
     batch = speed.binarize(jax.random.key(2), grey)

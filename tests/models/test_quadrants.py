@@ -95,11 +95,13 @@ def params_of(model):
     params = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
     last = params["encoder"]["mlp"]["layers"][1]
     last["bias"] = last["bias"].at[model.num_latents :].add(1.5)
-    return params
+    size = model.num_latents
+    params["statistics"] = {"latents": {"z": {"median": np.zeros(size), "spread": np.ones(size)}}}
+    return jax.tree.map(jnp.float32, params)
 
 
 def model_params(params):
-    return {name: value for name, value in params.items() if name != "encoder"}
+    return {name: value for name, value in params.items() if name not in ("encoder", "statistics")}
 
 
 def shift(tree):
@@ -343,8 +345,8 @@ def test_a_frozen_baseline_stays_and_the_others_learn(rng):
         progress=False,
     )
     end = result.params_of(0)
-    assert end.keys() == start.keys() == {"baseline", "prior", "decoder", "encoder"}
+    assert end.keys() == start.keys() == {"baseline", "prior", "decoder", "encoder", "statistics"}
     jax.tree.map(np.testing.assert_array_equal, end["baseline"], start["baseline"])
-    for name in end.keys() - {"baseline"}:
+    for name in end.keys() - {"baseline", "statistics"}:
         moved = jax.tree.map(lambda a, b: (a != b).any(), end[name], start[name])
         assert any(jax.tree.leaves(moved)), name
