@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from numpyro.infer import Trace_ELBO
 
-from experiments.benchmarks import speed
+from experiments.benchmarks import numpyro_examples, speed
 from models import gaussian_mean
 
 
@@ -89,3 +89,31 @@ def test_the_convolutional_vae_by_hand_is_the_same_arithmetic():
     )
     assert abs(hand[0] - ours[0]) < 4 * np.hypot(hand[1], ours[1])
     assert hand[1] < 1e-3 * abs(hand[0])
+
+
+def test_every_file_of_the_examples_gets_a_row(tmp_path):
+    """A model that trains, one that cannot, and files that the script or the checkout lacks."""
+    (tmp_path / "new.py").write_text("")
+    (tmp_path / "funnel.py").write_text("model = lambda dim: None")
+    (tmp_path / "minipyro.py").write_text(
+        """
+import no_such_package
+import numpyro
+import numpyro.distributions as dist
+
+
+def model(data):
+    loc = numpyro.sample("loc", dist.Normal(0, 1))
+    with numpyro.plate("data", len(data)):
+        numpyro.sample("obs", dist.Normal(loc, 1), obs=data)
+"""
+    )
+    out = tmp_path / "table.md"
+    numpyro_examples.main(numpyro_examples.Config(tmp_path, num_steps=2, out=out))
+    lines = [line.strip("| ").split(" | ") for line in out.read_text().splitlines()]
+    table = {line[0]: line[1:] for line in lines if len(line) > 1}
+    assert {"new.py", *numpyro_examples.CASES} <= table.keys()
+    assert table["minipyro.py"][-1].startswith("ELBO -")
+    assert table["funnel.py"][-1].startswith("ValueError: data: expected at least one array")
+    assert "newer than the script" in table["new.py"][-1]
+    assert "no such example" in table["vae.py"][-1]
