@@ -16,6 +16,7 @@ SMALL = {
     "a_the_toy": {"num_data": 500, "num_steps": 50},
     "b_swapping_guides": {"num_steps": 20, "num_samples": 5},
     "c_comparing_traces": {"num_steps": 40},
+    "e_any_program": {"num_data": 20, "num_steps": 30},
     "d_mnist_cvae": {"dataset": "digits", "num_epochs": 1, "num_test": 20, "num_samples": 8},
 }
 
@@ -58,7 +59,9 @@ def test_a_notebook_is_saved_as_it_ran(name):
     assert all(cell.source.count("\n") < 20 for cell in cells)
 
 
-@pytest.mark.parametrize("name", ["a_the_toy", "b_swapping_guides", "c_comparing_traces"])
+@pytest.mark.parametrize(
+    "name", ["a_the_toy", "b_swapping_guides", "c_comparing_traces", "e_any_program"]
+)
 def test_swapping_the_guide_is_one_word(name):
     """Cells that make a guide of the catalogue differ from their neighbours in nothing else."""
     swaps = [cell.source for cell in code(name) if cell.source.startswith("guide = guides.")]
