@@ -166,7 +166,7 @@ def funnel(draw: Draw) -> Iterator[Case]:
 
 def gaussian_shells(draw: Draw) -> Iterator[Case]:
     """No data."""
-    centers = {"center1": np.float32([-3, 0]), "center2": np.float32([3, 0])}
+    centers = {f"center{i}": np.array([x, 0], np.float32) for i, x in ((1, -3), (2, 3))}
     yield Case("model", {}, centers | {"radius": 2.0, "width": 0.1, "enum": True}, summed=True)
 
 
