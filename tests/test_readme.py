@@ -284,7 +284,7 @@ def test_python(page, tmp_path):
 
 # Scripts that take long here, and that tests/experiments runs in the quick suite.
 LONG = ("mnist_quadrants.py", "svhn_vae.py", "linear_gaussian.py", "mnist_cvae.py", "compare.py")
-LONG += ("exact.py",)
+LONG += ("exact.py", "train.py")
 
 
 def write_own_files(page, directory):
@@ -316,6 +316,7 @@ def test_command(page, number, command, tmp_path):
     ],
 )
 def test_a_long_command(page, number, command, tmp_path):
+    write_own_files(page, tmp_path)
     check_command(number, command, tmp_path)
 
 

@@ -60,6 +60,9 @@ SCRIPTS = {
     ),
 }
 
+LONG = ("svhn_vae", "exact")  # .ci/run examines these too
+PARAMS = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in SCRIPTS]
+
 
 class Finished(NamedTuple):
     """A finished run.
@@ -147,13 +150,13 @@ def run_of(shared):
     return finished
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=PARAMS)
 def script(request) -> tuple[Any, dict[str, Any]]:
     """Every script, with its settings here."""
     return SCRIPTS[request.param]
 
 
-@pytest.fixture(scope="session", params=SCRIPTS)
+@pytest.fixture(scope="session", params=PARAMS)
 def finished(request, run_of) -> Finished:
     """The finished run of every script."""
     return run_of(request.param)

@@ -68,6 +68,7 @@ def test_bounds_stand_where_a_family_has_no_formula():
     assert least_gap(rung, data, "flow") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "family", "shared"),
     [
@@ -139,6 +140,7 @@ def test_every_family_and_every_objective_has_a_fit():
 # --- a run ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_short_run_has_a_row_for_every_fit(run_of):
     finished = run_of("exact")
     rows, printed = finished.result["fits"], script.table(finished.result)

@@ -120,6 +120,7 @@ def test_an_opened_run_is_judged_as_it_was(opened, finished):
 # --- opening --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_opening_needs_no_data(run_of, tmp_path):
     """And data that have changed since are refused."""
     path = Path(shutil.copytree(run_of("svhn_vae").path, tmp_path / "run"))

@@ -142,6 +142,7 @@ def result_of(path):
 # --- trained --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_program_is_trained_from_the_command_line(here):
     """In a directory of the user's own."""
     script = str(ROOT / "experiments" / "train.py")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pytest
 
 from inference.sites import is_fixed, trace_of
 from models import guides
@@ -184,6 +185,7 @@ ORDER = (
 )
 
 
+@pytest.mark.slow
 def test_the_page_says_what_each_family_can_hold():
     names = [family.replace("-", "_") for family in guides.GUIDES]
     found = [found_of(family) for family in guides.GUIDES]

@@ -278,6 +278,7 @@ def gap(result, exact, data):
     return gaps.mean(), gaps.std() / np.sqrt(len(gaps))
 
 
+@pytest.mark.slow
 def test_training_arrives_at_the_maximum_with_full_covariance_and_with_mean_field():
     model, _, data = make("values", num_data=1_000)
     best, maximum = lg.maximum_likelihood(model, data)

@@ -55,6 +55,7 @@ def test_an_encoder_sees_standardised_columns(rng):
     np.testing.assert_allclose(seen.std(0), 1, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_another_unit_of_a_column_costs_its_logarithm_and_nothing_else(rng):
     """The whole training is the same, in other units. Only rounding differs."""
     x = (rng.normal(size=(64, 1)) @ rng.normal(size=(1, 3)) + rng.normal(size=(64, 3))) * 0.1 + 5
@@ -187,6 +188,7 @@ def test_impossible_numbers_are_refused(make, message):
         make()
 
 
+@pytest.mark.slow
 def test_a_vae_of_counts_trains(rng):
     x = counts(60, rng)
     likelihood = NegativeBinomial(x.mean(0))
