@@ -60,7 +60,7 @@ SCRIPTS = {
     ),
 }
 
-LONG = ("svhn_vae", "exact")  # .ci/run examines these too
+LONG = ("svhn_vae", "exact", "mnist_quadrants", "linear_gaussian")  # .ci/run examines these too
 PARAMS = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in SCRIPTS]
 
 

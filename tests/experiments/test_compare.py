@@ -12,6 +12,8 @@ import pytest
 from experiments import compare, runs
 from inference import comparison
 
+pytestmark = pytest.mark.slow  # whole runs
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -8,6 +8,8 @@ from experiments import linear_gaussian as script
 from inference import Held
 from models import linear_gaussian
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 @pytest.mark.slow
 def test_every_guide_arrives_where_the_formulas_say(shared):

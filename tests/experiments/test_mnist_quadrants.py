@@ -15,6 +15,8 @@ from inference import Fit, Hybrid, KLWarmUp, Prepared
 from models import guides
 from models.quadrants import Baseline, Model, Quadrants
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 @pytest.fixture(scope="module")
 def finished(run_of):

@@ -13,6 +13,8 @@ import jax, numpy as np, optax
 from inference import fit, log_likelihood, sample_posterior_predictive
 from models import gaussian_mean, guides, linear_gaussian
 
+pytestmark = pytest.mark.slow  # whole runs
+
 truth = gaussian_mean.Truth()
 data = {name: array.astype(np.float64) for name, array in truth.simulate(400, seed=0).items()}
 programs = gaussian_mean.Model(), gaussian_mean.Guide()
