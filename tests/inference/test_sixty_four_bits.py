@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # whole runs
+
 SCRIPT = """
 import json, sys, traceback
 import jax, numpy as np, optax
 from inference import fit, log_likelihood, sample_posterior_predictive
 from models import gaussian_mean, guides, linear_gaussian
-
-pytestmark = pytest.mark.slow  # whole runs
 
 truth = gaussian_mean.Truth()
 data = {name: array.astype(np.float64) for name, array in truth.simulate(400, seed=0).items()}
