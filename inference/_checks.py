@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import Array, random
-from jax.core import Tracer
 from numpyro import handlers
 from numpyro.distributions.kl import kl_divergence
 from numpyro.infer.autoguide import AutoGuide
@@ -38,7 +37,9 @@ from inference.sites import (
     following,
     is_auxiliary,
     is_fixed,
+    is_known,
     is_latent,
+    is_real,
     is_scanned,
     is_summed,
     mask_of,
@@ -175,7 +176,7 @@ def look(
         globals=tuple(name for name, site in sampled.items() if not plates.hold(site)),
         latents={name: _axes(site, plates) for name, site in here.draws.items()},
         observed={name: _axes(site, plates) for name, site in observed.items()},
-        bounded=tuple(n for n, s in observed.items() if not _is_real(s["fn"].support)),
+        bounded=tuple(n for n, s in observed.items() if not is_real(s["fn"].support)),
         params=here.params,
         fixed=frozenset(n for n, s in (here.guide | here.model).items() if is_fixed(s)),
         mutable=here.mutable,
@@ -342,8 +343,7 @@ def support_check(
             if site["type"] != "sample" or not site["is_observed"] or is_auxiliary(site):
                 continue
             support = site["fn"].support
-            is_known = not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(support))
-            if is_known and not _is_real(support):
+            if is_known(support) and not is_real(support):
                 outside[name] = _outside(support, site["value"], mask_of(site["fn"]))
         return outside
 
@@ -359,12 +359,6 @@ def _outside(support: Any, value: Any, counted: Array | None) -> tuple[Array, Ar
     numbers = jnp.where(counted, value, jnp.nan)
     inside = jnp.where(counted, value, support.feasible_like(value))
     return jnp.sum(~support(inside)), jnp.nanmin(numbers), jnp.nanmax(numbers)
-
-
-def _is_real(support: Any) -> bool:
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support in (dist.constraints.real, dist.constraints.real_vector)
 
 
 def check_supports(

@@ -29,7 +29,7 @@ from inference._describe import describe_arrays
 from inference._progress import progress as progress_bar
 from inference._settings import require_whole
 from inference.fit import Fit, prepare, programs_of, tied_message
-from inference.sites import length
+from inference.sites import Program, is_auxiliary, is_latent, length, trace_of
 
 _PASSED: WeakKeyDictionary[Fit, set[Any]] = WeakKeyDictionary()  # data whose values were checked
 
@@ -148,6 +148,23 @@ def require_local(judged: Judged, name: str, *, allows_globals: bool = False) ->
             f"{programs.globals[0]!r}, which all data share and no datum's number can hold; use "
             f"log_predictive_density"
         )
+
+
+def shared_draws(
+    guide: Program, names: tuple[str, ...], params: Any, key: Array, batch: Any
+) -> dict[str, Array]:
+    """A guide's draws of global sites, and of what it draws for itself, for all batches.
+
+    Args:
+        guide: a program.
+        names: the global sites.
+        params: its parameters and mutable state.
+        key: the same for every batch.
+        batch: any.
+    """
+    sites = trace_of(guide, key, params, **batch)
+    found = {name: site for name, site in sites.items() if is_latent(site)}
+    return {n: s["value"] for n, s in found.items() if n in names or is_auxiliary(s)}
 
 
 # --- compiled functions ---------------------------------------------------------------------------

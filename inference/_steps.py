@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax, random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -24,7 +23,7 @@ from inference._scaling import PerDatum
 from inference._settings import Settings
 from inference._shuffle import epoch_word, permute
 from inference.objectives import traits
-from inference.sites import Program, is_latent, length, trace_of
+from inference.sites import Program, is_latent, length, spread_rows, trace_of
 
 Batch = Mapping[str, Array]
 
@@ -120,9 +119,8 @@ class Plan:
 def first_batch(plan: Plan, key: Array, data: Batch) -> Batch:
     """Data that are spread evenly over all, prepared, to make parameters on. Programs of one length
     get all data."""
-    num_data = plan.settings.num_data
     if plan.programs.takes_batches:
-        rows = np.linspace(0, num_data - 1, min(num_data, MAX_FIRST)).round().astype(int)
+        rows = spread_rows(plan.settings.num_data, MAX_FIRST)
         data = {name: array[rows] for name, array in data.items()}
     return data if plan.prepare is None else plan.prepare(key, data)
 

@@ -18,11 +18,19 @@ from jaxtyping import Array, Bool, Float, PyTree, Real
 from numpyro.handlers import replay, seed
 from numpyro.infer.util import compute_log_probs
 
-from inference._judges import Judged, compiled, default_key, judged_data, over_data, require_local
+from inference._judges import (
+    Judged,
+    compiled,
+    default_key,
+    judged_data,
+    over_data,
+    require_local,
+    shared_draws,
+)
 from inference._settings import require_whole
 from inference._summation import summed_log_weight
 from inference.fit import Fit
-from inference.sites import DataPlates, Program, elementwise_kl, length, trace_of
+from inference.sites import DataPlates, Program, elementwise_kl, length
 
 DRAWS_AT_ONCE = 20  # of every datum of a batch, in memory together
 FEWEST_FOR_TAIL = 30  # draws: six of them make the smallest tail that ArviZ can fit
@@ -597,8 +605,7 @@ def _predictive(
     at_once = min(num_local_samples, DRAWS_AT_ONCE)
 
     def given_globals(keys: tuple[Array, Array]) -> tuple[Array, Array]:
-        first = trace_of(guide, keys[0], params, **batch)
-        same = {n: s["value"] for n, s in first.items() if n in shared}
+        same = shared_draws(guide, shared, params, keys[0], batch)
         draw = _log_weight(model, guide, plates, False, params | same, batch)
         if num_local_samples == 1:
             log_w = draw(keys[1])

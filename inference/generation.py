@@ -27,6 +27,7 @@ from inference._judges import (
     judged_data,
     over_data,
     require_fit,
+    shared_draws,
     values_of,
 )
 from inference._missing import Masking, masked_arrays
@@ -323,8 +324,7 @@ def _posterior(
     shared = tuple(name for name in axes if axes[name].data_axis is None)
     statics = result.model, result.guide, programs.plates, shared
     draw = compiled(_chosen_draws, function, sites, *statics, num_samples)
-    one = compiled(_chosen_draws, function, sites, *statics, 1)
-    _check_memory(result, judged, one, num_samples)
+    _check_memory(result, judged, draw, num_samples)
     whole: dict[str, list[Any]] = {}
 
     def one_batch(values: Any, batch_key: Array, batch: Any) -> Any:
@@ -357,29 +357,29 @@ def _chosen(names: Iterable[str] | None, sites: Mapping[str, Any]) -> tuple[str,
 
 
 def _check_memory(
-    result: Fit, judged: Judged, one: Callable[..., Values], num_samples: int
+    result: Fit, judged: Judged, draw: Callable[..., Values], num_samples: int
 ) -> None:
     """Raises MemoryError for draws that would fill more than half of the free memory.
 
     Args:
         result: the fit.
         judged: the data.
-        one: what makes a single draw.
-        num_samples: draws for each datum.
+        draw: what makes the draws of a batch.
+        num_samples: how many for each datum.
     """
     num_data, size = length(judged.arrays), DATA_AT_ONCE
     size = min(size, num_data) if judged.programs.takes_batches else num_data
     batch = abstract(judged.arrays, size)
-    shapes = jax.eval_shape(one, values_of(result, 0), random.key(0), random.key(0), batch)
+    shapes = jax.eval_shape(draw, values_of(result, 0), random.key(0), random.key(0), batch)
     axes = judged.programs.latents | judged.programs.observed
     data = {n: num_data / size if axes[n].data_axis is not None else 1 for n in shapes}
-    a_draw = sum(data[n] * a.size * a.dtype.itemsize for n, a in shapes.items()) * result.num_seeds
+    whole = sum(data[n] * a.size * a.dtype.itemsize for n, a in shapes.items()) * result.num_seeds
     free = psutil.virtual_memory().available / 2
-    if a_draw * num_samples > free:
+    if whole > free:
         raise MemoryError(
             f"num_samples: expected draws that fill at most half of the free memory, "
-            f"{free / 1e9:.3g} GB, got {num_samples}, which fill {a_draw * num_samples / 1e9:.3g} "
-            f"GB; ask for at most {int(free // a_draw)}, for fewer data, or for fewer sites "
+            f"{free / 1e9:.3g} GB, got {num_samples}, which fill {whole / 1e9:.3g} GB; ask for at "
+            f"most {int(free / whole * num_samples)}, for fewer data, or for fewer sites "
             f"(return_sites)"
         )
 
@@ -426,9 +426,7 @@ def _latent_draws(
     guide: Program, shared: tuple[str, ...], params: Any, keys: tuple[Array, Array], batch: Values
 ) -> dict[str, Site]:
     """The guide's sites, global ones by the first key alone: the same for every batch."""
-    first = trace_of(guide, keys[0], params, **batch)
-    same = {n: s["value"] for n, s in first.items() if is_latent(s) and n in shared}
-    same |= {n: s["value"] for n, s in first.items() if is_latent(s) and is_auxiliary(s)}
+    same = shared_draws(guide, shared, params, keys[0], batch)
     return trace_of(guide, keys[1], params | same, **batch)
 
 

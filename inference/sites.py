@@ -82,6 +82,11 @@ def length(arrays: Mapping[str, Any]) -> int:
     return len(next(iter(arrays.values())))
 
 
+def spread_rows(num_data: int, most: int) -> np.ndarray:
+    """The numbers of at most ``most`` data, spread evenly over all."""
+    return np.linspace(0, num_data - 1, min(num_data, most)).round().astype(int)
+
+
 def abstract(batch: Batch, size: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and types of a batch, or of one with ``size`` data."""
 
@@ -130,6 +135,24 @@ def base(fn: Any) -> Any:
     while isinstance(fn, (dist.Independent, dist.ExpandedDistribution)):
         fn = fn.base_dist
     return fn
+
+
+def without_events(support: Any) -> Any:
+    """A support without the event axes that were declared on top of it."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def is_real(support: Any) -> bool:
+    """Whether every array of real numbers is in the support."""
+    real = constraints.real, constraints.real_vector, constraints.real_matrix
+    return without_events(support) in real
+
+
+def is_known(support: Any) -> bool:
+    """False for a support that a program computes: an abstract run has no numbers for it."""
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(support))
 
 
 def mask_of(fn: Any) -> Array | None:
@@ -238,7 +261,8 @@ def data_plates(program: Program, *args: Any, **batch: Any) -> DataPlates:
         args, batch: arrays of shape (N, ...), as the program takes them.
     """
     named = abstract({str(i): array for i, array in enumerate(args)} | batch)
-    return _data_plates(program, len(args), named, _abstract_sites(program, len(args), named))
+    sites = _abstract_sites(program, len(args), named)
+    return _plates_and_longer(program, len(args), named, sites)[0]
 
 
 def _abstract_sites(program: Program, num_args: int, arrays: Batch) -> dict[str, Site]:
@@ -254,16 +278,17 @@ def _abstract_sites(program: Program, num_args: int, arrays: Batch) -> dict[str,
     return found
 
 
-def _data_plates(
+def _plates_and_longer(
     program: Program, num_args: int, arrays: Batch, sites: Mapping[str, Site]
-) -> DataPlates:
-    size = next(iter(arrays.values())).shape[0]
+) -> tuple[DataPlates, dict[str, Site] | None]:
+    """The data's plates, and the sites on one datum more. None if the program has one length."""
+    size = length(arrays)
     here = plate_sizes(sites)
     try:
         longer = _abstract_sites(program, num_args, abstract(arrays, size + 1))
+        return following(here, plate_sizes(longer), size), longer
     except Exception:  # a program of one length, such as one with numbers for each datum
-        return of_size(here, size)
-    return following(here, plate_sizes(longer), size)
+        return of_size(here, size), None
 
 
 # --- what a guide must know of its model ----------------------------------------------------------
@@ -346,7 +371,6 @@ def _cached(function: Callable[..., Any], model: Program, shapes: tuple[Any, ...
 
 
 def _outline(model: Program, shapes: Batch) -> Outline:
-    size = length(shapes)
     try:
         sites = _abstract_sites(model, 0, shapes)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
@@ -356,12 +380,7 @@ def _outline(model: Program, shapes: Batch) -> Outline:
         if site is None:
             raise
         raise ValueError(no_draws("model", site)) from error
-    longer = None
-    try:
-        longer = _abstract_sites(model, 0, abstract(shapes, size + 1))
-        plates = following(plate_sizes(sites), plate_sizes(longer), size)
-    except Exception:  # a program of one length
-        plates = of_size(plate_sizes(sites), size)
+    plates, longer = _plates_and_longer(model, 0, shapes, sites)
     drawn = {n: s for n, s in sites.items() if is_latent(s) and not is_summed(s)}
     drawn = {n: s for n, s in drawn.items() if not is_auxiliary(s)}
     for name, site in drawn.items():
@@ -407,14 +426,13 @@ def site_in_flight(error: Exception) -> Site | None:
 
 def _latent_site(site: Site, plates: DataPlates) -> LatentSite:
     batch, support = batch_shape(site), site["fn"].support
-    is_known = not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(support))
     frames = tuple((f.name, f.dim, f.size) for f in reversed(site["cond_indep_stack"]))
     return LatentSite(
         batch=batch,
         shape=tuple(site["fn"].event_shape),
         data_axis=len(batch) + plates.axis(site) if plates.hold(site) else None,
         plates=frames,
-        support=support if is_known else None,
+        support=support if is_known(support) else None,
         is_masked=isinstance(site["fn"], dist.MaskedDistribution),
     )
 
@@ -512,8 +530,7 @@ def computed_sites(model: Program, data: Batch) -> dict[str, Site]:
 def few(found: Outline, data: Batch) -> dict[str, Array]:
     """A few data, evenly spread. All of them if the model runs with one number of data alone."""
     size = length(data)
-    count = min(size, PRIOR_DATA) if found.any_length else size
-    rows = np.linspace(0, size - 1, count).round().astype(int)
+    rows = spread_rows(size, PRIOR_DATA if found.any_length else size)
     return {name: jnp.asarray(array)[rows] for name, array in data.items()}
 
 

@@ -18,8 +18,8 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro.distributions import transforms
 
-from inference.sites import LatentSite, Outline, computed_sites
-from models.coordinates import Unconstrained, is_real
+from inference.sites import LatentSite, Outline, computed_sites, is_real
+from models.coordinates import Unconstrained
 from models.encoders import Data
 
 Numbers = dict[str, Array]  # what makes the distribution of a site, (N, ...) each

@@ -13,6 +13,8 @@ from jaxtyping import Array
 from numpyro.distributions import biject_to, constraints, transforms
 from numpyro.distributions.util import matrix_to_tril_vec
 
+from inference.sites import without_events
+
 
 def moved_inside(support: Any, value: Array) -> Array:
     """The value, or the one next to it that lies inside the support.
@@ -21,7 +23,7 @@ def moved_inside(support: Any, value: Array) -> Array:
         support: a constraint of ``numpyro.distributions.constraints``.
         value: (..., *event), in the support or on its edge.
     """
-    support = _element(support)
+    support = without_events(support)
     tiny, largest = jnp.finfo(value.dtype).tiny, jnp.finfo(value.dtype).max
     value = jnp.clip(value, -largest, largest)
     lower = getattr(support, "lower_bound", None)
@@ -157,7 +159,7 @@ class Unconstrained(transforms.Transform):
     @property
     def is_elementwise(self) -> bool:
         """Whether each entry of a value has one real number. Bounds may be arrays of their own."""
-        return _element(self.support).event_dim == 0
+        return without_events(self.support).event_dim == 0
 
     def tree_flatten(self) -> Any:
         """The arrays, and the rest."""
@@ -167,15 +169,3 @@ class Unconstrained(transforms.Transform):
     def tree_unflatten(cls, aux_data: Any, params: Any) -> "Unconstrained":
         """The transform of a support."""
         return cls(*params)
-
-
-def is_real(support: Any) -> bool:
-    """Whether every array of real numbers is in the support."""
-    return _element(support) in (constraints.real, constraints.real_vector, constraints.real_matrix)
-
-
-def _element(support: Any) -> Any:
-    """A support without the event axes that were declared on top of it."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support

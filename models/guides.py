@@ -60,11 +60,11 @@ from inference.sites import (
     few,
     fixed_param,
     is_observed,
+    is_real,
     outline,
     prior_draws,
 )
 from models.blocks import Block, Drawn, Numbers, Plates, Start, blocks_of, start_of
-from models.coordinates import is_real
 from models.densities import CholeskyNormal, Coupling, Couplings
 from models.encoders import Data, Inputs, MakeEncoder, PerDatum, default_network
 from models.networks import MLP, network, positive, still
@@ -323,6 +323,12 @@ def _residuals(past: Sequence[Drawn]) -> Array:
     return jnp.concatenate(parts, axis=1)
 
 
+def _with_past(context: Array, past: Sequence[Drawn]) -> Array:
+    """A context and the real numbers of the sites before, (N, numbers)."""
+    before = [d.real.reshape(len(d.real), -1).astype(context.dtype) for d in past]
+    return jnp.concatenate([context, *before], axis=1)
+
+
 @dataclass(frozen=True)
 class MeanField(Chain):
     """The family q(u | x, c) = prod_i Normal(u_i; loc_i(x, c), scale_i(x, c)^2)."""
@@ -392,8 +398,7 @@ class Structured(MeanField):
     ) -> dist.Distribution:
         """Independent Normals. A network adds what the sites before change."""
         if past:
-            before = jnp.concatenate([d.real.reshape(len(d.real), -1) for d in past], axis=1)
-            inputs = jnp.concatenate([numbers["context"], before.astype(jnp.float32)], axis=1)
+            inputs = _with_past(numbers["context"], past)
 
             def build(rngs: nnx.Rngs) -> MLP:
                 return still(inputs.shape[-1], self.num_hidden, 2 * block.total, rngs=rngs)
@@ -603,8 +608,7 @@ class Flow(FullCovariance):
         """The full covariance, transformed."""
         unit = Start(jnp.zeros_like(start.median), jnp.ones_like(start.spread))
         base = super().conditional(block, unit, numbers, past)
-        before = [d.real.reshape(len(d.real), -1).astype(jnp.float32) for d in past]
-        context = jnp.concatenate([numbers["context"], *before], axis=1)
+        context = _with_past(numbers["context"], past)
         spread = context.reshape(len(context), *[1] * len(block.plates), -1)
         spread = jnp.broadcast_to(spread, (len(context), *block.plates, spread.shape[-1]))
         placed = block.placed(spread)
