@@ -87,11 +87,12 @@ def read(paths: tuple[Path, ...]) -> dict[str, DataTree]:
 
 def table(compared: DataFrame, differing: dict[str, dict[str, Any]], trees: Any) -> str:
     """The comparison as a person reads it; a dash where a run has no such number."""
+    densities = [n for n in comparison.DENSITIES if compared[n].notna().any()]
     rows = [
         (
             *(run, row["model"], row["guide"], row["objective"]),
             runs.plus_minus(row["elbo"], row["elbo_se"]),
-            runs.plus_minus(row["log_likelihood"], row["log_likelihood_se"]),
+            *(runs.plus_minus(row[name], row[f"{name}_se"]) for name in densities),
             runs.plus_minus(row["difference"], row["difference_se"], "+") if i else "best",
             runs.plus_minus(row["pareto_k_share"], digits=4),
             runs.plus_minus(row["seconds"], digits=1),
@@ -99,10 +100,12 @@ def table(compared: DataFrame, differing: dict[str, dict[str, Any]], trees: Any)
         for i, (run, row) in enumerate(compared.to_dict("index").items())
     ]
     headers = (
-        *("run", "model", "guide", "objective", "ELBO", "log likelihood"),
+        *("run", "model", "guide", "objective", "ELBO"),
+        *(comparison.DENSITIES[name] for name in densities),
         *("difference", "k-hat too high", "seconds"),
     )
-    body = tabulate(rows, headers, disable_numparse=True, colalign=("left",) * 4 + ("right",) * 5)
+    align = ["left"] * 4 + ["right"] * (len(headers) - 4)
+    body = tabulate(rows, headers, disable_numparse=True, colalign=align)
     settings = tabulate(
         [
             (name, *(runs.written(values[run]) if run in values else "-" for run in compared.index))
@@ -113,7 +116,6 @@ def table(compared: DataFrame, differing: dict[str, dict[str, Any]], trees: Any)
     )
     first = next(iter(trees.values()))
     size = first["evaluation"].sizes["data"] if "evaluation" in first.children else 0
-    what = "ELBO" if compared["log_likelihood"].isna().any() else "log likelihood"
     no_k = (
         f"; - with fewer than {FEWEST_FOR_TAIL} samples or none"
         if compared["pareto_k_share"].isna().any()
@@ -122,8 +124,9 @@ def table(compared: DataFrame, differing: dict[str, dict[str, Any]], trees: Any)
     return (
         f"\n{first.attrs['dataset']}: {size} data that were judged\n\n{body}\n\n"
         f"+-: standard error over the data; nats per datum, seeds averaged\n"
-        f"difference: {what} less the best run's, with the error of paired differences\n"
-        f"k-hat too high: the share of data whose log likelihood the guide's draws estimate "
+        f"difference: {comparison.what_differs(compared)} less the best run's, with the error of "
+        f"paired differences\n"
+        f"k-hat too high: the share of data whose log-likelihood the guide's draws estimate "
         f"badly{no_k}\n"
         f"seconds: training of all seeds, without compilation\n"
         + (f"\n{settings}\n" if differing else "\nthe settings are the same\n")

@@ -51,6 +51,11 @@ else:  # slow to import
 
 FORMAT = 1  # The layout of a run directory. It rises when an older version cannot read it.
 PROGRAM = "program.py"  # the copy of a user's own program
+NUMBERS = {  # of ``result.json``, as a table heads them
+    "elbo": "ELBO",
+    "log_likelihood": "log-likelihood",
+    "log_predictive_density": "log predictive density",
+}
 IDENTITY = ("experiment", "settings", "record", "data")  # what makes two runs the same
 
 
@@ -120,7 +125,7 @@ class Run:
     def __repr__(self) -> str:
         numbers = (
             f"{words} {plus_minus(number['estimate'], number['standard_error'])}"
-            for name, words in (("elbo", "ELBO"), ("log_likelihood", "log-likelihood"))
+            for name, words in NUMBERS.items()
             if (number := self.result.get(name))
         )
         words = ", ".join((f"{self.experiment.name} on {self.record.name}", *numbers))
@@ -443,7 +448,8 @@ def table(parent: str | os.PathLike = "runs") -> DataFrame:
         A frame with the runs' names as its index. Numbers are in nats per datum:
 
         - when, experiment, dataset: when the run began, its script and its data set
-        - elbo, elbo_se, log_likelihood, log_likelihood_se: with standard errors over the data
+        - elbo, log_likelihood, log_predictive_density: each with its standard error over the data,
+          elbo_se and so on
         - seconds: the time of the training, without compilation
         - the settings that differ between runs, one column each
 
@@ -469,8 +475,9 @@ def table(parent: str | os.PathLike = "runs") -> DataFrame:
         except RunError:
             described, result = {}, None
         settings[name], rows[name] = described.get("settings", {}), _row(described, result or {})
-    columns = ["when", "experiment", "dataset", "elbo", "elbo_se"]
-    columns += ["log_likelihood", "log_likelihood_se", "seconds"]
+    columns = ["when", "experiment", "dataset"]
+    columns += [column for name in NUMBERS for column in (name, f"{name}_se")]
+    columns += ["seconds"]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
     for setting in dict.fromkeys(name for known in settings.values() for name in known):
         values = {run: known[setting] for run, known in settings.items() if setting in known}
@@ -480,7 +487,7 @@ def table(parent: str | os.PathLike = "runs") -> DataFrame:
 
 
 def _row(described: Mapping[str, Any], result: Mapping[str, Any]) -> list[Any]:
-    numbers = [result.get(name) or {} for name in ("elbo", "log_likelihood")]
+    numbers = [result.get(name) or {} for name in NUMBERS]
     return [
         described.get("began"),
         described.get("experiment"),
@@ -525,33 +532,25 @@ class Config:
 def main(config: Config) -> DataFrame:
     """List the runs in a directory."""
     frame = table(config.runs)
-    fixed = 8  # The columns after these are settings.
+    fixed = list(frame).index("seconds") + 1  # the columns after these are settings
+    shown = {n: words for n, words in NUMBERS.items() if n == "elbo" or frame[n].notna().any()}
     rows = [
         (
             run,
             *(written(row[name]) for name in ("when", "dataset")),
-            plus_minus(row["elbo"], row["elbo_se"]),
-            plus_minus(row["log_likelihood"], row["log_likelihood_se"]),
+            *(plus_minus(row[name], row[f"{name}_se"]) for name in shown),
             plus_minus(row["seconds"], digits=1),
             ", ".join(f"{n} {written(v)}" for n, v in list(row.items())[fixed:] if _given(v)),
         )
         for run, row in frame.to_dict("index").items()
     ]
-    headers = (
-        "run",
-        "when",
-        "data set",
-        "ELBO",
-        "log-likelihood",
-        "seconds",
-        "settings that differ",
-    )
+    headers = ("run", "when", "data set", *shown.values(), "seconds", "settings that differ")
     print(
         tabulate(
             rows,
             headers,
             disable_numparse=True,
-            colalign=("left",) * 3 + ("right",) * 3 + ("left",),
+            colalign=["left"] * 3 + ["right"] * (len(shown) + 1) + ["left"],
         )
     )
     print(

@@ -3,8 +3,8 @@
 A *run* is a fit, the tree that ``to_datatree`` made of one, or anything that keeps such a tree as
 ``.tree``. These parts of a tree are read:
 
-- ``evaluation``: ``elbo``, ``log_likelihood`` and ``pareto_k`` by datum, and the type, shape and
-  hash of the judged arrays.
+- ``evaluation``: ``elbo``, ``log_likelihood``, ``log_predictive_density`` and ``pareto_k`` by
+  datum, and the type, shape and hash of the judged arrays.
 - ``sample_stats`` and ``validation_stats``: the ELBO traces.
 - The attributes ``config.*`` and ``info.*``: names of the programs, seconds of the training.
 - The attributes ``settings`` (JSON) and ``experiment``, if a script has added them.
@@ -24,6 +24,7 @@ from inference.evaluation import (
     Estimate,
     elbo_terms,
     log_likelihood,
+    log_predictive_density,
     pareto_k_threshold,
     pointwise_elbo,
 )
@@ -41,6 +42,11 @@ else:  # a second or two to import, and trees_of raises for other runs
 
 Trees = Mapping[str, DataTree]
 
+# What a model says of a held-out datum. The second is for models with global sites.
+DENSITIES = {
+    "log_likelihood": "log-likelihood",
+    "log_predictive_density": "log predictive density",
+}
 NUM_WINDOWS = 100  # A plot averages a training trace into at most this many windows.
 
 
@@ -83,15 +89,17 @@ def trees_of(runs: Runs, data: Any = None) -> dict[str, DataTree]:
 
 
 def _judge(fit: Fit, data: Any) -> tuple[ElboTerms | Estimate, Estimate]:
-    """The ELBO and the log-likelihood of the arrays that the fit takes."""
+    """The ELBO and the log density of the arrays that the fit takes."""
     arrays = as_arrays(data)
     if fit.batch.keys() <= arrays.keys():
         arrays = {name: arrays[name] for name in fit.batch}
     if isinstance(data, Prepared):
         arrays = Prepared(arrays, data.source)
     # elbo_terms has less noise. It is not defined if the objective sums over a latent site.
-    bound = pointwise_elbo if programs_of(fit, fit.batch).summed else elbo_terms
-    return bound(fit, arrays), log_likelihood(fit, arrays)
+    programs = programs_of(fit, fit.batch)
+    bound = pointwise_elbo if programs.summed else elbo_terms
+    density = log_predictive_density if programs.has_globals else log_likelihood
+    return bound(fit, arrays), density(fit, arrays)
 
 
 def check_same_data(trees: Trees) -> None:
@@ -142,34 +150,32 @@ def differing_settings(runs: Runs) -> dict[str, dict[str, Any]]:
 
 
 def elpd(tree: DataTree) -> ELPDData | None:
-    """The held-out log-likelihood as ``arviz.compare`` takes it, or None without one.
+    """The held-out log density as ``arviz.compare`` takes it, or None without one.
 
-    Held-out data need no leaving-one-out. log p(x_i | c_i) of a datum that was not trained on is
-    its log predictive density. Seeds are averaged datum by datum, and k-hat is the worst seed's.
+    It is the ``log_predictive_density``, or else the ``log_likelihood``. Held-out data need no
+    leaving-one-out: log p(x_i | c_i) of a datum that was not trained on is its log predictive
+    density. Seeds are averaged datum by datum, and k-hat is the worst seed's.
 
     ``arviz.compare`` of the trees themselves is another comparison: it leaves out each datum of
     the training in turn, and reads the group ``log_likelihood``.
     """
-    values = _evaluation(tree, "log_likelihood")
-    if values is None:
-        return None
-    pareto_k = _evaluation(tree, "pareto_k")
-    if pareto_k is not None:
-        pareto_k = pareto_k.max("chain", skipna=False)
-    return _elpd(_seed_mean(values), _num_samples(tree, "log_likelihood"), pareto_k)
+    found = [judged for name in DENSITIES if (judged := _judged(tree, name)) is not None]
+    return found[-1] if found else None
 
 
 def compare(runs: Runs, data: Any = None) -> DataFrame:
     """One row for each run, from the best to the worst.
 
-    The best has the greatest log-likelihood, or the greatest ELBO if a run has no log-likelihood.
-    The arithmetic is ``arviz.compare``'s, divided by the number of data.
+    The best has the greatest log density of held-out data: the log-likelihood, or with global sites
+    the log predictive density. If a run has neither, the best has the greatest ELBO. The arithmetic
+    is ``arviz.compare``'s, divided by the number of data.
 
     Args:
         runs: fits, trees of ``to_datatree``, or objects with a ``.tree``, by name.
         data: held-out arrays by name. Each fit is judged on the arrays that it takes, by
             ``elbo_terms`` (``pointwise_elbo`` if it sums over a latent site) and
-            ``log_likelihood`` with their defaults. Trees were judged before.
+            ``log_likelihood`` (``log_predictive_density`` if it has global sites) with their
+            defaults. Trees were judged before.
 
     Returns:
         A frame with the runs' names as its index. Its columns are in nats per datum, except the
@@ -179,6 +185,7 @@ def compare(runs: Runs, data: Any = None) -> DataFrame:
         - elbo, elbo_se: the ELBO of the judged data, averaged over seeds, and its standard error
           over data
         - log_likelihood, log_likelihood_se: the same for the log-likelihood
+        - log_predictive_density, log_predictive_density_se: the same for that density
         - difference, difference_se: the difference to the best run, and the standard error of the
           mean of *paired* differences over data
         - pareto_k_share: the share of data (and seeds) with too high a k-hat
@@ -201,14 +208,6 @@ def compare(runs: Runs, data: Any = None) -> DataFrame:
     for name, tree in trees.items():
         _check_judged(name, tree)
     check_same_data(trees)
-    bounds = {run: _evaluation(tree, "elbo") for run, tree in trees.items()}
-    columns = {
-        "elbo": {
-            run: None if elbo is None else _elpd(_seed_mean(elbo), 1, None)
-            for run, elbo in bounds.items()
-        },
-        "log_likelihood": {run: elpd(tree) for run, tree in trees.items()},
-    }
     table = pd.DataFrame(
         [
             {name: _name(tree, name) for name in ("model", "guide", "objective")}
@@ -216,23 +215,38 @@ def compare(runs: Runs, data: Any = None) -> DataFrame:
         ],
         index=pd.Index(trees, name="run"),
     )
+    judged = {name: _numbers(trees, name) for name in ("elbo", *DENSITIES)}
+    for name, numbers in judged.items():
+        compared = _compare(numbers) if numbers else pd.DataFrame(columns=["mlpd", "se"])
+        table[name], table[f"{name}_se"] = compared["mlpd"], compared["se"]
     table["difference"] = table["difference_se"] = np.nan
-    for column, judged in columns.items():  # the log-likelihood's differences come last, and stay
-        judged = {run: data for run, data in judged.items() if data is not None}
-        compared = _compare(judged) if judged else pd.DataFrame(columns=["mlpd", "se"])
-        table[column], table[f"{column}_se"] = compared["mlpd"], compared["se"]
-        if len(judged) == len(trees):
-            table["difference"], table["difference_se"] = compared["mlpd_diff"], compared["dse"]
-            table = table.loc[compared.index]
+    densities = {run: found for run, tree in trees.items() if (found := elpd(tree)) is not None}
+    known = densities if len(densities) == len(trees) else judged["elbo"]
+    if len(known) == len(trees):
+        compared = _compare(known)
+        table["difference"], table["difference_se"] = compared["mlpd_diff"], compared["dse"]
+        table = table.loc[compared.index]
     table["pareto_k_share"] = [_pareto_k_share(trees[run]) for run in table.index]
     table["seconds"] = [_seconds(trees[run]) for run in table.index]
     return table[
         [
             *("model", "guide", "objective", "elbo", "elbo_se"),
-            *("log_likelihood", "log_likelihood_se", "difference", "difference_se"),
-            *("pareto_k_share", "seconds"),
+            *(column for name in DENSITIES for column in (name, f"{name}_se")),
+            *("difference", "difference_se", "pareto_k_share", "seconds"),
         ]
     ]
+
+
+def what_differs(table: DataFrame) -> str:
+    """The number that a table's differences are of, in words.
+
+    Args:
+        table: what ``compare`` returned.
+    """
+    names = list(DENSITIES)
+    if table[names].isna().all(axis=1).any():
+        return "ELBO"
+    return DENSITIES[[name for name in names if table[name].notna().any()][-1]]
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -249,9 +263,8 @@ def plot_differences(table: DataFrame) -> PlotCollection:
         visuals={"labels": False, "title": False},
         figure_kwargs={"figsize": (7, 1.6 + 0.4 * len(frame)), "layout": "constrained"},
     )
-    what = "ELBO" if table["log_likelihood"].isna().any() else "log-likelihood"
     axes = plot.viz["plot"].item()
-    axes.set_xlabel(f"{what}: difference to the best run (nats per datum)")
+    axes.set_xlabel(f"{what_differs(table)}: difference to the best run (nats per datum)")
     axes.set_title("one paired standard error over the data to either side", fontsize="medium")
     return plot
 
@@ -367,7 +380,7 @@ def _check_runs(runs: Runs, data: Any) -> None:
 
 
 def _check_judged(name: str, tree: DataTree) -> None:
-    if _evaluation(tree, "elbo") is None and _evaluation(tree, "log_likelihood") is None:
+    if all(_evaluation(tree, known) is None for known in ("elbo", *DENSITIES)):
         raise ValueError(
             f"runs: expected an ELBO or a log-likelihood by datum in the group evaluation of every "
             f"run, got neither in {name}; pass what elbo_terms or log_likelihood returns: "
@@ -426,6 +439,23 @@ def _evaluation(tree: DataTree, name: str) -> DataArray | None:
     if "evaluation" not in tree.children or name not in tree["evaluation"].data_vars:
         return None
     return tree["evaluation"].dataset[name]
+
+
+def _judged(tree: DataTree, name: str) -> ELPDData | None:
+    """A judged number as ``arviz.compare`` takes it, or None without one."""
+    values = _evaluation(tree, name)
+    if values is None:
+        return None
+    pareto_k = _evaluation(tree, "pareto_k") if name == "log_likelihood" else None
+    if pareto_k is not None:
+        pareto_k = pareto_k.max("chain", skipna=False)
+    return _elpd(_seed_mean(values), _num_samples(tree, name), pareto_k)
+
+
+def _numbers(trees: Trees, name: str) -> dict[str, ELPDData]:
+    """A judged number of the runs that have it."""
+    found = {run: _judged(tree, name) for run, tree in trees.items()}
+    return {run: numbers for run, numbers in found.items() if numbers is not None}
 
 
 def _num_samples(tree: DataTree, name: str) -> int:

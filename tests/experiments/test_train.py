@@ -302,6 +302,15 @@ def test_runs_are_listed_and_compared(made, tmp_path, capsys):
     assert compared["runs"]["pair"]["model"] == f"train {made / 'my_model.py'}:Pair"
     assert compared["runs"]["copy"]["guide"] == "low-rank"
     assert "pairs.npz: 20 data that were judged" in capsys.readouterr().out
+    shutil.copytree(made / "line", tmp_path / "line")
+    compare.main(compare.Config((made / "line", tmp_path / "line")))
+    density = result_of(made / "line")["log_predictive_density"]["estimate"]
+    printed = capsys.readouterr().out
+    assert "log predictive density" in printed
+    assert f"{density:.3f} +-" in printed
+    frame = runs.table(made)
+    assert frame.loc["line", "log_predictive_density"] == density
+    assert np.isnan(frame.loc["pair", "log_predictive_density"])
 
 
 # --- faults ---------------------------------------------------------------------------------------

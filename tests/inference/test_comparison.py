@@ -133,6 +133,29 @@ def test_without_a_log_likelihood_the_elbos_are_compared():
     assert table.log_likelihood["b"] == pytest.approx(pointwise(trees["b"]).mean())
 
 
+def test_a_log_predictive_density_is_compared_with_a_log_likelihood():
+    """Both are log densities of a datum that was not trained on."""
+    terms, likelihood = make_numbers(seed=1, worse=0.4)
+    density = dataclasses.replace(likelihood, name="log_predictive_density")
+    trees = {"a": to_datatree(make_fit(), terms, density), "b": make_tree(seed=2)}
+    table = comparison.compare(trees)
+    differences = density.pointwise.mean(0) - pointwise(trees["b"])
+    assert table.difference["a"] == pytest.approx(differences.mean())
+    assert table.difference_se["a"] == pytest.approx(differences.std() / NUM_DATA**0.5)
+    assert table.log_predictive_density["a"] == pytest.approx(density.pointwise.mean())
+    assert np.isnan(table.log_likelihood["a"])
+    assert np.isnan(table.log_predictive_density["b"])
+    assert comparison.what_differs(table) == "log predictive density"
+    others = comparison.compare({"b": trees["b"], "c": make_tree()})
+    assert comparison.what_differs(others) == "log-likelihood"
+    assert (
+        comparison.what_differs(
+            table.drop(columns="difference").assign(log_predictive_density=np.nan)
+        )
+        == "ELBO"
+    )
+
+
 def test_without_an_elbo_the_log_likelihoods_are_compared():
     trees = {"a": make_tree(seed=1, worse=0.4, lacks=["elbo"]), "b": make_tree(seed=2)}
     table = comparison.compare(trees)
@@ -294,6 +317,32 @@ def test_known_parameters_are_judged_as_the_formula_says():
         variance = (x.sum(1) - 3 * loc) ** 2 / 4 + 2 * (3 / 8) ** 2
         error = float(np.sqrt(variance.sum()) / len(x))
         assert table.elbo[name] == pytest.approx((log_p - gap).mean(), abs=4 * error)
+
+
+def test_fits_with_global_sites_are_judged_by_their_predictive_density():
+    """Of a Normal with a known q of its mean the density is a formula."""
+
+    def model(x):
+        mean = numpyro.sample("mean", dist.Normal(0, 1))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", dist.Normal(mean, 1), obs=x)
+
+    def guide(x):
+        numpyro.sample("mean", dist.Normal(numpyro.param("loc", 0.0), 0.1))
+
+    x = np.random.default_rng(0).normal(1, 1, 50).astype(np.float32)
+    fits = {
+        name: Fit.from_params(model, guide, {"loc": np.float32(loc)}, example={"x": x})
+        for name, loc in {"near": 1.0, "far": 2.0}.items()
+    }
+    table = comparison.compare(fits, {"x": x})
+    assert list(table.index) == ["near", "far"]
+    assert table.log_likelihood.isna().all()
+    for name, loc in {"near": 1.0, "far": 2.0}.items():
+        exact = scipy.stats.norm(loc, np.sqrt(1.01)).logpdf(x).mean()
+        # The mean of x under a draw m differs by 0.1 |x - m| a draw, of 1,000 draws.
+        error = 0.1 * (np.abs(x - loc).mean() + 0.1) / np.sqrt(1000)
+        assert table.log_predictive_density[name] == pytest.approx(exact, abs=4 * error)
 
 
 def test_a_site_that_is_summed_over():
