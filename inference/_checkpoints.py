@@ -1,7 +1,7 @@
 """Saving a run and finding it again, with Orbax.
 
-Orbax writes each checkpoint under a temporary name and renames it when it is whole, so that a
-process killed while writing leaves the one before it, and a half-written one is never read.
+Orbax writes each checkpoint under a temporary name, and renames it when it is whole. So a process
+that is killed while it writes leaves the checkpoint before. A half-written one is never read.
 """
 
 import contextlib

@@ -666,8 +666,8 @@ def _check_plates_match(here: _Found, plates: DataPlates) -> None:
 def check_mean_field(model: Program, guide: Program, batch: Batch, *, key: Array) -> None:
     """Checks that an ELBO may take the divergence of each latent site by itself.
 
-    The divergence of q(z_i | its parents in the guide) from p(z_i | its parents in the model) is
-    z_i's term of the ELBO only if no parent of z_i in the model is drawn from z_i in the guide.
+    The term of a site z_i is the divergence of q(z_i | its parents in the guide) from
+    p(z_i | its parents in the model). This holds if the guide draws those parents before z_i.
     The dependencies come from the programs' log densities; the order of the sites does not count.
     A site is left alone if NumPyro knows no formula for its divergence.
 

@@ -68,10 +68,10 @@ def fit(
         num_steps: how long to train, in steps.
         batch_size: data per step. All of them by default.
         preprocess: (key, batch) -> batch, on the device at every step.
-        missing: "mask" takes NaN in ``data`` as missing entries. Every array whose mask the model
-            takes, ``x`` with ``x_mask``, gets a Boolean mask of its shape, True for the entries
-            that are there. The others are filled with 0, after ``preprocess``. The model leaves
-            them out: ``dist.Normal(loc, scale).mask(x_mask).to_event(1)``. None refuses NaN.
+        missing: "mask" takes NaN in ``data`` as missing entries. If the model takes ``x_mask``, the
+            array ``x`` gets a Boolean mask of its shape, True for the entries that are there. The
+            others are filled with 0, after ``preprocess``. The model leaves them out:
+            ``dist.Normal(loc, scale).mask(x_mask).to_event(1)``. None refuses NaN.
         num_seeds: independent restarts, trained together. The i-th is the run with the seed
             ``seed + i``.
         seed: the random seed of the first restart.

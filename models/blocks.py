@@ -124,7 +124,7 @@ class Drawn(NamedTuple):
 class Start(NamedTuple):
     """Where a site's coordinates begin, and their unit, from prior draws.
 
-    The unit is such that a network's zero makes a scale as wide as the prior.
+    In this unit a network's zero makes a scale as wide as the prior.
     """
 
     median: Float[Array, "*plates size"]
@@ -132,8 +132,11 @@ class Start(NamedTuple):
 
 
 def start_of(block: Block, draws: Array) -> dict[str, Array]:
-    """The median of prior draws, (draw, N, *batch, *event), and their quartiles' distance as that
-    of a standard Normal's. Draws that all agree have the spread 1."""
+    """The median of prior draws, (draw, N, *batch, *event), and their spread.
+
+    The spread is the distance of the quartiles, in units of a standard Normal's. Draws that all
+    agree have the spread 1.
+    """
     real = jax.vmap(block.real)(draws)
     low, median, high = jnp.quantile(
         real.reshape(-1, *real.shape[2:]), jnp.array([0.25, 0.5, 0.75]), axis=0

@@ -85,8 +85,8 @@ def _ordered(vector: Array) -> Array:
 class _CorrelationFactor(transforms.CorrCholeskyTransform):
     """NumPyro's map to Cholesky factors of correlations, with an inverse that loses no digits.
 
-    What the entries before have left of a row's length is summed over those after, so that no
-    difference of near numbers is taken.
+    A row has the length 1. What an entry and those after it share of that is summed from the end of
+    the row. Taken as 1 less the entries before, it would be a difference of near numbers.
     """
 
     def _inverse(self, y: Array) -> Array:
