@@ -605,7 +605,7 @@ def gaps_figure(result: Mapping[str, Any]) -> Figure:
             yticks=range(len(rows)),
             yticklabels=[label_of(what) for what, _ in rows],
             xlabel="gap (nats per datum)",
-            ylabel="guide, objective",
+            ylabel="guide, globals, objective" if RUNGS[rung].has_globals else "guide, objective",
             title=rung,
         )
         axes.tick_params(axis="y", labelsize="x-small")
@@ -623,7 +623,7 @@ def gaps_figure(result: Mapping[str, Any]) -> Figure:
 
 def label_of(what: Name) -> str:
     """A fit as the figure names it."""
-    shared = f", {what.globals}" if RUNGS[what.rung].has_globals else ""
+    shared = f", {what.globals.replace('_', ' ')}" if RUNGS[what.rung].has_globals else ""
     return f"{what.family}{shared}, {what.objective}"
 
 
