@@ -20,31 +20,32 @@ SIZES = {"channels": (4, 6)}
 
 
 @pytest.mark.parametrize(
-    ("x_shape", "likelihood", "condition"),
-    [((8, 12), "bernoulli", None), ((4, 8, 3), "gaussian", Labels(3))],
+    ("x_shape", "likelihood", "condition", "channels"),
+    [((8, 12), "bernoulli", None, (4, 6)), ((4, 8, 3), "gaussian", Labels(3), (4,))],
 )
-def test_gradients_reach_every_weight(x_shape, likelihood, condition):
+def test_gradients_reach_every_weight(x_shape, likelihood, condition, channels, rng):
     model = vae.Model(
         condition,
         x_shape=x_shape,
         likelihood=LIKELIHOODS[likelihood],
         num_latents=3,
         hidden=(5,),
-        **SIZES,
+        channels=channels,
     )
     guide = guides.mean_field(model)
-    images = np.random.default_rng(0).integers(0, 256, (6, *x_shape), dtype=np.uint8)
-    data = model.prepare(KEY, {"x": images})
+    images = rng.integers(0, 256, (6, *x_shape), dtype=np.uint8)
+    data = jax.jit(model.prepare)(KEY, {"x": images})
     if condition is not None:
-        data["c"] = jnp.arange(6) % 3
+        data["c"] = jnp.asarray(np.arange(6) % 3)
+
+    def differentiate(params):
+        return jax.grad(lambda p: Trace_ELBO().loss(KEY, p, model, guide, **data))(params)
+
     svi = SVI(model, guide, optax.sgd(0.0), Trace_ELBO())
-
-    @jax.jit
-    def differentiate(key):
-        params = svi.get_params(svi.init(key, **data))
-        return jax.grad(lambda p: Trace_ELBO().loss(key, p, model, guide, **data))(params)
-
-    gradient = differentiate(KEY)
+    shapes = jax.eval_shape(lambda key: svi.get_params(svi.init(key, **data)), KEY)
+    statistics = jax.tree.map(lambda p: np.ones(p.shape, p.dtype), shapes.pop("statistics"))
+    params = jax.tree.map(lambda p: np.float32(rng.normal(size=p.shape) / 3), shapes)
+    gradient = jax.device_get(jax.jit(differentiate)(params | {"statistics": statistics}))
     assert gradient.keys() == {"encoder", "decoder", "statistics"}
     del gradient["statistics"]  # no optimiser moves them
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
@@ -58,17 +59,21 @@ def test_an_image_is_encoded_alone():
     @jax.jit
     def encode(x):
         encoder = Encoder((8, 8, 3), (5,), 6, **SIZES, rngs=nnx.Rngs(0))
-        return encoder(x), jnp.concatenate([encoder(one[None]) for one in x])
+        return encoder(x), jax.lax.map(lambda one: encoder(one[None])[0], x)
 
     together, alone = encode(x)
     np.testing.assert_allclose(alone, together, rtol=1e-4, atol=1e-5)
 
 
-def test_the_interval_of_x_is_seen_as_zero_to_one():
-    x = jax.random.uniform(KEY, (4, 5))
-    views = (Gaussian(low=low).view for low in (0.0, -1.0))
-    unit, wide = (Encoder((5,), (), 6, view=view, rngs=nnx.Rngs(0)) for view in views)
-    np.testing.assert_allclose(wide(2 * x - 1), unit(x), rtol=1e-4, atol=1e-5)
+def test_the_interval_of_x_is_seen_as_zero_to_one(rng):
+    @jax.jit
+    def run(x):
+        views = (Gaussian(low=low).view for low in (0.0, -1.0))
+        unit, wide = (Encoder((5,), (), 6, view=view, rngs=nnx.Rngs(0)) for view in views)
+        return wide(2 * x - 1), unit(x)
+
+    wide, unit = run(rng.uniform(size=(4, 5)).astype(np.float32))
+    np.testing.assert_allclose(wide, unit, rtol=1e-4, atol=1e-5)
 
 
 def test_shapes_shrink_and_grow():
@@ -85,21 +90,28 @@ def test_shapes_shrink_and_grow():
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("sides", [(8, 6), (5, 4), (2, 2)])
-def test_a_convolution_by_a_product_of_matrices_is_xlas(stride, sides):
-    x = jax.random.normal(KEY, (2, *sides, 3))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 5))
-    numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-    ours = convolve(x, kernel, (stride, stride), "SAME", **numbers)
-    xlas = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", **numbers)
+def test_a_convolution_by_a_product_of_matrices_is_xlas(stride, sides, rng):
+    x, kernel = (np.float32(rng.normal(size=shape)) for shape in ((2, *sides, 3), (3, 3, 3, 5)))
+
+    @jax.jit
+    def run(x, kernel):
+        numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        arguments = (x, kernel, (stride, stride), "SAME")
+        return convolve(*arguments, **numbers), jax.lax.conv_general_dilated(*arguments, **numbers)
+
+    ours, xlas = run(x, kernel)
     np.testing.assert_allclose(ours, xlas, rtol=1e-4, atol=1e-4)
 
 
-def test_channels_become_pixels():
+def test_channels_become_pixels(rng):
     """One stage by loops: pixel (2 i + a, 2 j + b) is channel block (a, b) of feature (i, j)."""
-    grow = Grow((4, 6, 2), (5,), 1, jnp.tanh, "float32", rngs=nnx.Rngs(0))
-    h = jax.random.normal(KEY, (1, 2, 3, 5))
-    got = grow(h.reshape(1, -1))
-    features = np.asarray(grow.layers[0](jnp.tanh(grow.norms[0](h))))
+
+    @jax.jit
+    def run(h):
+        grow = Grow((4, 6, 2), (5,), 1, jnp.tanh, "float32", rngs=nnx.Rngs(0))
+        return grow(h.reshape(1, -1)), grow.layers[0](jnp.tanh(grow.norms[0](h)))
+
+    got, features = jax.device_get(run(np.float32(rng.normal(size=(1, 2, 3, 5)))))
     for i, j, a, b in np.ndindex(2, 3, 2, 2):
         block = 2 * (2 * a + b)
         np.testing.assert_allclose(

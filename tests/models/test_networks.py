@@ -24,6 +24,7 @@ def program(x):
     return network("net", build)(x)
 
 
+@jax.jit
 def initial(key):
     """The value of the program's parameter."""
     site = handlers.trace(handlers.seed(program, key)).get_trace(jnp.zeros((1, 3)))["net"]
@@ -38,7 +39,7 @@ def params():
 
 @pytest.fixture
 def x(rng):
-    return jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+    return jnp.asarray(np.float32(rng.normal(size=(6, 3))))
 
 
 def layers(params):
@@ -60,14 +61,16 @@ def forward(params, x, activation=np.tanh):
 
 def filled(params, rng):
     """Parameters of the same shapes, biases included, drawn anew."""
-    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    return jax.tree.map(lambda p: jnp.asarray(np.float32(rng.normal(size=p.shape))), params)
 
 
 # --- one parameter of a program -------------------------------------------------------------------
 
 
 def test_a_network_is_one_parameter_a_tree_of_float32(params):
-    sites = handlers.trace(handlers.seed(program, 0)).get_trace(jnp.zeros((1, 3)))
+    sites = {}
+    run = lambda x: sites.update(handlers.trace(handlers.seed(program, 0)).get_trace(x))  # noqa: E731
+    jax.eval_shape(run, jnp.zeros((1, 3)))
     assert list(sites) == ["net"]
     shapes = [p.shape for p in jax.tree.leaves(params)]
     expected = [s for n, m in itertools.pairwise(SIZES) for s in ((n, m), (m,))]
@@ -77,7 +80,7 @@ def test_a_network_is_one_parameter_a_tree_of_float32(params):
 
 def test_every_key_starts_elsewhere_under_vmap_as_alone():
     keys = jax.random.split(jax.random.key(1), 3)
-    together = jax.vmap(initial)(keys)
+    together = jax.jit(jax.vmap(initial))(keys)
     alone = initial(keys[2])
     for many, one in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(many[2], one, rtol=1e-6)
@@ -92,8 +95,12 @@ def test_two_networks_of_one_program_start_differently():
         network("first", build)
         network("second", build)
 
-    sites = handlers.trace(handlers.seed(two, 0)).get_trace()
-    first, second = (layers(sites[name]["value"])[0][0] for name in ("first", "second"))
+    @jax.jit
+    def start():
+        sites = handlers.trace(handlers.seed(two, 0)).get_trace()
+        return [sites[name]["value"] for name in ("first", "second")]
+
+    first, second = (layers(value)[0][0] for value in start())
     assert (first != second).all()
 
 
@@ -111,7 +118,7 @@ def test_compiled_is_eager(params, x):
 def test_every_parameter_has_a_gradient(params, x, rng):
     params = filled(params, rng)
     loss = lambda p: (handlers.substitute(program, {"net": p})(x) ** 2).sum()  # noqa: E731
-    gradients = jax.grad(loss)(params)
+    gradients = jax.device_get(jax.jit(jax.grad(loss))(params))
     assert jax.tree.structure(gradients) == jax.tree.structure(params)
     for gradient in jax.tree.leaves(gradients):
         assert np.isfinite(gradient).all()
@@ -152,8 +159,8 @@ def test_what_is_no_module_is_refused():
 
 
 def test_layer_normalisation_has_no_state(x):
-    with handlers.seed(rng_seed=0):
-        output = network("net", LayerNormalised)(x)
+    run = handlers.seed(lambda x: network("net", LayerNormalised)(x), rng_seed=0)
+    output = jax.jit(run)(x)
     x = np.asarray(x)
     expected = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
@@ -169,13 +176,22 @@ def of(module, params):
     return nnx.merge(graph, state)
 
 
+def built(make, rng):
+    """A module with parameters drawn anew. Its own start is not computed."""
+    module = nnx.eval_shape(make)
+    return of(module, filled(pure(module), rng))
+
+
+def compiled(module):
+    return jax.jit(lambda *arrays: module(*arrays))
+
+
 def pure(module):
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
 def test_without_hidden_layers_it_is_affine(x, rng):
-    mlp = MLP((3, 2), jnp.tanh, "float32", rngs=nnx.Rngs(0))
-    mlp = of(mlp, filled(pure(mlp), rng))
+    mlp = built(lambda: MLP((3, 2), jnp.tanh, "float32", rngs=nnx.Rngs(0)), rng)
     ((kernel, bias),) = layers(pure(mlp))
     np.testing.assert_allclose(mlp(x), np.asarray(x) @ kernel + bias, rtol=1e-5, atol=1e-5)
 
@@ -185,18 +201,17 @@ def test_without_hidden_layers_it_is_affine(x, rng):
     [(jax.nn.relu, lambda h: np.maximum(h, 0)), (jax.nn.softplus, lambda h: np.logaddexp(0, h))],
 )
 def test_activations_follow_every_layer_but_the_last(activation, in_numpy, x, rng):
-    mlp = MLP(SIZES, activation, "float32", rngs=nnx.Rngs(0))
-    mlp = of(mlp, filled(pure(mlp), rng))
-    batch = jnp.stack([x, 2 * x])  # any axes before the last
+    mlp = built(lambda: MLP(SIZES, activation, "float32", rngs=nnx.Rngs(0)), rng)
+    batch = np.stack([x, 2 * np.asarray(x)])  # any axes before the last
     expected = forward(pure(mlp), batch, in_numpy)
-    np.testing.assert_allclose(mlp(batch), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(compiled(mlp)(batch), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32(x, rng):
-    mlp = MLP(SIZES, jnp.tanh, "bfloat16", rngs=nnx.Rngs(0))
+    mlp = nnx.eval_shape(lambda: MLP(SIZES, jnp.tanh, "bfloat16", rngs=nnx.Rngs(0)))
     params = filled(pure(mlp), rng)
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(pure(mlp)))
-    output = of(mlp, params)(x)
+    output = compiled(of(mlp, params))(x)
     assert output.dtype == jnp.float32
 
     # Each layer rounds its input, kernel, bias, product and sum to 8 bits, the activation once
@@ -212,9 +227,8 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(x, rng):
 
 
 def test_a_gaussian_mlp_is_a_location_and_a_positive_scale(x, rng):
-    module = GaussianMLP(SIZES, jnp.tanh, "float32", rngs=nnx.Rngs(0))
-    module = of(module, filled(pure(module), rng))
-    loc, scale = module(x)
+    module = built(lambda: GaussianMLP(SIZES, jnp.tanh, "float32", rngs=nnx.Rngs(0)), rng)
+    loc, scale = compiled(module)(x)
     assert loc.shape == scale.shape == (6, 2)
     expected = forward(pure(module)["mlp"], x)
     np.testing.assert_allclose(loc, expected[:, :2], rtol=1e-5, atol=1e-5)
@@ -222,10 +236,9 @@ def test_a_gaussian_mlp_is_a_location_and_a_positive_scale(x, rng):
 
 
 def test_a_prior_network_sees_the_condition_and_more(rng):
-    module = PriorNetwork(Values((2,)), (), 3, num_more=4, rngs=nnx.Rngs(0))
-    module = of(module, filled(pure(module), rng))
-    c, more = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 2), (5, 2, 2)))
-    loc, scale = module(c, more)
+    module = built(lambda: PriorNetwork(Values((2,)), (), 3, num_more=4, rngs=nnx.Rngs(0)), rng)
+    c, more = (np.float32(rng.normal(size=shape)) for shape in ((5, 2), (5, 2, 2)))
+    loc, scale = compiled(module)(c, more)
     inputs = np.concatenate([c, more.reshape(5, 4)], axis=1)
     expected = forward(pure(module)["mlp"]["mlp"], inputs)
     np.testing.assert_allclose(loc, expected[:, :3], rtol=1e-5, atol=1e-5)
@@ -239,16 +252,20 @@ def test_sizes_are_positive():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_scale_of_a_gaussian_mlp_has_a_floor(dtype):
-    module = GaussianMLP((1, 1), jnp.tanh, dtype, rngs=nnx.Rngs(0))
-    module = of(
-        module, {"mlp": {"layers": {0: {"kernel": jnp.ones((1, 2)), "bias": jnp.zeros(2)}}}}
-    )
-    raw = jnp.array([[-1e30], [-1e4], [-20.0], [0.0], [1e4], [1e30]])
-    _, scale = module(raw)
+    module = nnx.eval_shape(lambda: GaussianMLP((1, 1), jnp.tanh, dtype, rngs=nnx.Rngs(0)))
+    layer = {"kernel": np.ones((1, 2), np.float32), "bias": np.zeros(2, np.float32)}
+    module = of(module, {"mlp": {"layers": {0: jax.tree.map(jnp.asarray, layer)}}})
+    raw = np.float32([[-1e30], [-1e4], [-20.0], [0.0], [1e4], [1e30]])
+
+    @jax.jit
+    def run(raw):
+        slope = jax.vmap(jax.grad(lambda r: jnp.log(module(r)[1]).sum()))
+        return module(raw)[1], slope(raw)
+
+    scale, gradients = jax.device_get(run(raw))
     assert np.isfinite(scale).all()
     assert (scale >= np.float32(SCALE_FLOOR)).all()
     np.testing.assert_allclose(scale[:2, 0], SCALE_FLOOR, rtol=1e-6)
-    gradients = jax.vmap(jax.grad(lambda r: jnp.log(module(r)[1]).sum()))(raw)
     assert np.isfinite(gradients).all()
 
 
@@ -273,7 +290,7 @@ def test_parameters_of_another_network_are_refused():
 
 def test_softplus_and_its_gradient_are_exact_at_every_size():
     x = np.concatenate([np.linspace(-1000, 1000, 4001), np.linspace(-20, 20, 801)])
-    value, slope = jax.vmap(jax.value_and_grad(softplus))(jnp.asarray(x, jnp.float32))
+    value, slope = jax.jit(jax.vmap(jax.value_and_grad(softplus)))(np.float32(x))
     np.testing.assert_allclose(value, np.logaddexp(0, x), rtol=3e-7, atol=3e-7)
     # float32 holds x to 2^-24, so exp(x) to |x| 2^-24
     np.testing.assert_allclose(slope, special.expit(x), rtol=20 * 2**-23, atol=2**-60)
