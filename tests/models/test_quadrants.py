@@ -1,5 +1,6 @@
 """Quadrants and their models: as programs, and every row of the table against quadrature over z."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -8,17 +9,15 @@ import numpy as np
 import optax
 import pytest
 from numpyro import handlers
-from numpyro.infer import Trace_ELBO
+from numpyro.infer import SVI, Trace_ELBO
 
-from inference import Fit, Hybrid, elbo_terms, fit, log_likelihood
+from inference import Fit, Hybrid, elbo_terms, log_likelihood
 from models import guides
 from models.quadrants import PRESETS, Baseline, Model, Quadrants
 
 KEY = jax.random.key(0)
 QUADRANTS = [
-    Quadrants(num_observed, shape)
-    for num_observed in (1, 2, 3)
-    for shape in ((28, 28), (8, 8), (4, 6))
+    Quadrants(num_observed, shape) for num_observed in (1, 2, 3) for shape in ((28, 28), (4, 6))
 ]
 
 # --- cutting and putting together -----------------------------------------------------------------
@@ -28,10 +27,10 @@ QUADRANTS = [
 def test_cutting_and_putting_together_is_exact_for_every_pixel(quadrants):
     height, width = quadrants.image_shape
     pixels = np.arange(2 * height * width).reshape(2, height, width)  # every one is different
-    c, x = quadrants.split(pixels)
+    c, x = jax.jit(quadrants.split)(pixels)
     assert c.shape == (2, *quadrants.c_shape)
     assert x.shape == (2, *quadrants.x_shape)
-    np.testing.assert_array_equal(quadrants.merge(c, x), pixels)
+    np.testing.assert_array_equal(jax.jit(quadrants.merge)(c, x), pixels)
 
 
 @pytest.mark.parametrize("quadrants", QUADRANTS, ids=str)
@@ -44,7 +43,7 @@ def test_the_observed_quadrants_are_the_papers(quadrants):
     if quadrants.num_observed == 3:
         observed[:] = 1
         observed[:, height // 2 :, width // 2 :] = 0  # all but the bottom right
-    c, x = quadrants.split(observed)
+    c, x = map(np.asarray, jax.jit(quadrants.split)(observed))
     assert (c == 1).all()
     assert (x == 0).all()
     assert c.size + x.size == observed.size
@@ -80,7 +79,7 @@ TINY = Model(
 )
 TINY_2 = replace(TINY, num_latents=2, decoder_sees_c=True)
 BINARY = np.random.default_rng(1).integers(0, 2, (7, 4, 4)).astype(np.float32)
-DATA = dict(zip("cx", TINY.baseline.quadrants.split(BINARY), strict=True))
+DATA = dict(zip("cx", jax.jit(TINY.baseline.quadrants.split)(BINARY), strict=True))
 
 
 def trace(program, key=KEY, params=None, **data):
@@ -89,15 +88,32 @@ def trace(program, key=KEY, params=None, **data):
     )
 
 
+def abstract_trace(program, **data):
+    """The sites of a program, as shapes: nothing is computed."""
+    sites = {}
+    jax.eval_shape(lambda: sites.update(trace(program, **data)))
+    return sites
+
+
+@functools.cache
+def start_of(model):
+    """Where the networks of a model and of its guide start."""
+
+    @jax.jit
+    def start():
+        sites = trace(model, **DATA) | trace(guides.mean_field(model), **DATA)
+        return {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
+
+    return jax.device_get(start())
+
+
 def params_of(model):
     """Where networks start, but for a wide guide: its weights have no heavy tail."""
-    sites = trace(model, **DATA) | trace(guides.mean_field(model), **DATA)
-    params = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
-    last = params["encoder"]["mlp"]["layers"][1]
-    last["bias"] = last["bias"].at[model.num_latents :].add(1.5)
+    params = jax.tree.map(np.array, start_of(model))
+    params["encoder"]["mlp"]["layers"][1]["bias"][model.num_latents :] += 1.5
     size = model.num_latents
     params["statistics"] = {"latents": {"z": {"median": np.zeros(size), "spread": np.ones(size)}}}
-    return jax.tree.map(jnp.float32, params)
+    return jax.tree.map(np.float32, params)
 
 
 def model_params(params):
@@ -111,28 +127,25 @@ def shift(tree):
 
 @pytest.mark.parametrize("model", [TINY, TINY_2])
 def test_the_program_samples_z_and_x_and_generates_without_x(model):
-    sites = trace(model, **DATA)
+    sites = abstract_trace(model, **DATA)
     samples = {name for name, site in sites.items() if site["type"] == "sample"}
     params = {name for name, site in sites.items() if site["type"] == "param"}
     assert samples == {"z", "x"}
     assert params == {"baseline", "prior", "decoder"}
     assert sites["z"]["fn"].event_shape == (model.num_latents,)
-    generated = trace(model, c=DATA["c"])
+    generated = abstract_trace(model, c=DATA["c"])
     assert generated["x"]["value"].shape == DATA["x"].shape
     assert not generated["x"]["is_observed"]
 
 
 def test_the_baseline_is_one_probability_for_each_pixel():
-    sites = trace(TINY.baseline, **DATA)
+    sites = abstract_trace(TINY.baseline, **DATA)
     assert {n for n, site in sites.items() if site["type"] == "sample"} == {"x"}
-    params = {"baseline": sites["baseline"]["value"]}
-    assert not [
-        site
-        for site in trace(guides.prior(TINY.baseline), params=params, **DATA).values()
-        if site["type"] == "sample"
-    ]
+    of_guide = abstract_trace(guides.prior(TINY.baseline), **DATA)
+    assert not [site for site in of_guide.values() if site["type"] == "sample"]
+    params = {"baseline": start_of(TINY)["baseline"]}
     weights = params["baseline"]["mlp"]["layers"]
-    h = np.tanh(DATA["c"].reshape(7, -1) @ weights[0]["kernel"] + weights[0]["bias"])
+    h = np.tanh(np.asarray(DATA["c"]).reshape(7, -1) @ weights[0]["kernel"] + weights[0]["bias"])
     logits = (h @ weights[1]["kernel"] + weights[1]["bias"]).reshape(DATA["x"].shape)
     p = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
     x = np.asarray(DATA["x"])
@@ -142,40 +155,44 @@ def test_the_baseline_is_one_probability_for_each_pixel():
     np.testing.assert_allclose(judged.pointwise[0], exact, rtol=1e-5)
 
 
-def x_logits(model, params, c, z):
-    sites = trace(handlers.condition(model, {"z": z}), params=params, c=c)
-    return sites["x"]["fn"].base_dist.logits
-
-
 @pytest.mark.parametrize("sees_c", [False, True])
 def test_the_decoders_logits_are_added_to_the_baselines(sees_c, rng):
     model = replace(TINY, decoder_sees_c=sees_c)
     params = params_of(model)
-    z = jnp.asarray(rng.normal(size=(7, 1)), jnp.float32)
-    same_z = jnp.broadcast_to(z[:1], z.shape)
-    baseline = trace(model.baseline, params=params, c=DATA["c"])["x"]["fn"].base_dist.logits
-    added = x_logits(model, params, DATA["c"], same_z) - baseline
-    varies = np.ptp(added, axis=0).max()
+    z = rng.normal(size=(7, 1)).astype(np.float32)
+
+    @jax.jit
+    def added(z):
+        sites = trace(handlers.condition(model, {"z": z}), params=params, c=DATA["c"])
+        baseline = trace(model.baseline, params=params, c=DATA["c"])
+        return sites["x"]["fn"].base_dist.logits - baseline["x"]["fn"].base_dist.logits
+
+    varies = np.ptp(added(np.tile(z[:1], (7, 1))), axis=0).max()
     assert varies > 0.01 if sees_c else varies < 1e-5  # with the condition, at one and the same z
-    assert np.ptp(x_logits(model, params, DATA["c"], z) - baseline, axis=0).max() > 0.01
+    assert np.ptp(added(z), axis=0).max() > 0.01
 
 
 def test_the_prior_sees_the_condition_and_the_baselines_guess():
     params = params_of(TINY)
-    z_loc = trace(TINY, params=params, c=DATA["c"])["z"]["fn"].base_dist.loc
-    assert np.ptp(z_loc) > 0.01
-    other = params | {"baseline": shift(params["baseline"])}
-    moved = trace(TINY, params=other, c=DATA["c"])["z"]["fn"].base_dist.loc
-    assert (abs(moved - z_loc) > 1e-4).all()
+
+    @jax.jit
+    def z_loc(params):
+        return trace(TINY, params=params, c=DATA["c"])["z"]["fn"].base_dist.loc
+
+    loc = np.asarray(z_loc(params))
+    assert np.ptp(loc) > 0.01
+    moved = z_loc(params | {"baseline": shift(params["baseline"])})
+    assert (abs(moved - loc) > 1e-4).all()
 
 
 @pytest.mark.parametrize("binary_c", [False, True])
 def test_whole_images_are_binarised_and_then_cut(binary_c, rng):
     grey = rng.integers(0, 256, (9, 4, 4), dtype=np.uint8)
     model = replace(TINY, baseline=replace(TINY.baseline, binary_c=binary_c))
-    batch, again = (model.prepare(key, {"x": grey}) for key in (KEY, jax.random.key(1)))
+    prepare = jax.jit(model.prepare)
+    batch, again = (jax.device_get(prepare(key, {"x": grey})) for key in (KEY, jax.random.key(1)))
     assert batch.keys() == {"c", "x"}
-    binary = model.likelihood.prepare(KEY, grey)
+    binary = np.asarray(jax.jit(model.likelihood.prepare)(KEY, grey))
     assert set(np.unique(binary)) == {0.0, 1.0}
     _, x = Quadrants(1, (4, 4)).split(binary)
     c, _ = Quadrants(1, (4, 4)).split(binary if binary_c else grey / np.float32(255))
@@ -250,48 +267,48 @@ def nodes(loc, scale, num_nodes):
     return jnp.asarray(loc + scale * points, jnp.float32), weights
 
 
-def gaussian(program, params):
-    fn = trace(program, params=params, **DATA)["z"]["fn"].base_dist
-    return np.asarray(fn.loc, np.float64), np.asarray(fn.scale, np.float64)
-
-
-def log_p_x(model, params, z):
-    """log p(x | z, c) at every node, (nodes, N)."""
-
-    def at(z):
-        sites = trace(handlers.condition(model, {"z": z}), params=params, **DATA)
-        return sites["x"]["fn"].log_prob(DATA["x"])
-
-    return np.asarray(jax.jit(lambda z: jax.lax.map(at, z))(z), np.float64)
-
-
 @pytest.fixture(scope="module")
 def exact():
-    """The model, its parameters, and by quadrature the four numbers that the rows estimate."""
+    """The model, its parameters, a fit of them, and by quadrature the four numbers that the rows
+    estimate."""
     model, num_nodes = TINY_2, 121
-    params = params_of(model)
-    loc, scale = gaussian(model, params)
-    q_loc, q_scale = gaussian(guides.mean_field(model), params)
+    params, guide = params_of(model), guides.mean_field(model)
+
+    @jax.jit
+    def normals():
+        fns = [trace(p, params=params, **DATA)["z"]["fn"].base_dist for p in (model, guide)]
+        return [(fn.loc, fn.scale) for fn in fns]
+
+    @jax.jit
+    def log_p_x(z):
+        """log p(x | z, c) at every node, (nodes, N)."""
+
+        def at(z):
+            sites = trace(handlers.condition(model, {"z": z}), params=params, **DATA)
+            return sites["x"]["fn"].log_prob(DATA["x"])
+
+        return jax.lax.map(at, z, batch_size=1000)
+
+    (loc, scale), (q_loc, q_scale) = jax.tree.map(np.float64, normals())
     z, w = nodes(loc, scale, num_nodes)
-    log_p = log_p_x(model, params, z)
+    log_p = np.asarray(log_p_x(z), np.float64)
     log_likelihoods = np.log(w @ np.exp(log_p))
     q_z, q_w = nodes(q_loc, q_scale, num_nodes)
     kl = np.log(scale / q_scale) + (q_scale**2 + (q_loc - loc) ** 2) / (2 * scale**2) - 0.5
-    elbo = q_w @ log_p_x(model, params, q_z) - kl.sum(-1)
-    # Half of the nodes give the same: the integrals are exact to rounding.
-    z, half = nodes(loc, scale, num_nodes // 2 + 1)
-    np.testing.assert_allclose(
-        np.log(half @ np.exp(log_p_x(model, params, z))), log_likelihoods, atol=1e-5
-    )
-    return model, params, log_likelihoods, elbo, w @ log_p
+    elbo = q_w @ np.asarray(log_p_x(q_z), np.float64) - kl.sum(-1)
+    # Every other node gives the same: the integrals are exact to rounding.
+    every = np.arange(num_nodes**2).reshape(num_nodes, num_nodes)[::2, ::2].ravel()
+    half = w[every] / w[every].sum() @ np.exp(log_p[every])
+    np.testing.assert_allclose(np.log(half), log_likelihoods, atol=1e-5)
+    result = Fit.from_params(model, guide, params, example=DATA)
+    return model, params, result, log_likelihoods, elbo, w @ log_p
 
 
 @pytest.mark.parametrize("make", [guides.prior, guides.mean_field])
 def test_monte_carlo_and_importance_sampling_arrive_at_the_likelihood(exact, make):
-    model, params, log_likelihoods, elbo, _ = exact
-    guide = make(model)
-    drawn = params if guide != guides.prior(model) else model_params(params)
-    result = Fit.from_params(model, guide, drawn, example=DATA)
+    model, params, result, log_likelihoods, elbo, _ = exact
+    if make is guides.prior:
+        result = Fit.from_params(model, make(model), model_params(params), example=DATA)
     judged = log_likelihood(result, DATA, key=KEY, num_samples=20_000)
     variance = judged.monte_carlo_variance[0]
     error = abs(judged.pointwise[0] - log_likelihoods)
@@ -301,8 +318,7 @@ def test_monte_carlo_and_importance_sampling_arrive_at_the_likelihood(exact, mak
 
 
 def test_the_elbo_is_the_elbo(exact):
-    model, params, _, elbo, _ = exact
-    result = Fit.from_params(model, guides.mean_field(model), params, example=DATA)
+    _, _, result, _, elbo, _ = exact
     many = [elbo_terms(result, DATA, key=jax.random.key(i), num_samples=2000) for i in range(8)]
     draws = np.stack([e.elbo.pointwise[0] for e in many])
     error = draws.std(0, ddof=1) / np.sqrt(len(draws))
@@ -310,7 +326,7 @@ def test_the_elbo_is_the_elbo(exact):
 
 
 def test_the_gsnns_objective_is_the_expectation_under_the_prior(exact):
-    model, params, _, _, expected = exact
+    model, params, _, _, _, expected = exact
     prior, recognition = guides.prior(model), guides.mean_field(model)
 
     def draws(objective, guide):
@@ -328,23 +344,21 @@ def test_the_gsnns_objective_is_the_expectation_under_the_prior(exact):
 def test_a_frozen_baseline_stays_and_the_others_learn(rng):
     """The baseline is one parameter of the model, by its name."""
     images = {"x": rng.integers(0, 256, (20, 4, 4), dtype=np.uint8)}
-    start = params_of(TINY)
+    start, stay = params_of(TINY), ("baseline", "statistics")
     frozen = optax.partition(
         {"free": optax.adam(0.01), "frozen": optax.set_to_zero()},
-        lambda params: {n: "frozen" if n == "baseline" else "free" for n in params},
+        lambda params: {name: "frozen" if name in stay else "free" for name in params},
     )
-    result = fit(
-        TINY,
-        guides.mean_field(TINY),
-        images,
-        preprocess=TINY.prepare,
-        optimizer=frozen,
-        init=start,
-        num_steps=3,
-        batch_size=10,
-        progress=False,
-    )
-    end = result.params_of(0)
+    svi = SVI(TINY, guides.mean_field(TINY), frozen, Trace_ELBO())
+
+    @jax.jit
+    def train(key, images):
+        batch = TINY.prepare(key, images)
+        state = svi.init(key, init_params=start, **batch)
+        state, _ = jax.lax.scan(lambda s, _: svi.update(s, **batch), state, length=3)
+        return svi.get_params(state)
+
+    end = jax.device_get(train(KEY, images))
     assert end.keys() == start.keys() == {"baseline", "prior", "decoder", "encoder", "statistics"}
     jax.tree.map(np.testing.assert_array_equal, end["baseline"], start["baseline"])
     for name in end.keys() - {"baseline", "statistics"}:
