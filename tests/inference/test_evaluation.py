@@ -1,5 +1,7 @@
 """The judges, against closed forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from arviz_stats.base import array_stats
+from scipy import stats
 
 from inference import (
     Estimate,
@@ -58,10 +61,11 @@ def tiled(times, data=None):
 
 
 PAIR = known(model, guide, {"weight": 0.2}, {"x": X})
+MANY = tiled(1000)
 
 
 def test_agrees_with_the_closed_form_datum_by_datum():
-    judged = pointwise_elbo(PAIR, tiled(1000), key=KEY)
+    judged = pointwise_elbo(PAIR, MANY, key=KEY)
     draws = judged.pointwise.reshape(1000, 9)
     error = draws.std(0) / 1000**0.5
     assert (abs(draws.mean(0) - exact(0.2)) < 4.5 * error).all()
@@ -71,18 +75,19 @@ def test_agrees_with_the_closed_form_datum_by_datum():
 
 
 def test_an_estimate_knows_which_data_it_judged():
-    first, same, other = (pointwise_elbo(PAIR, {"x": x}).data["x"] for x in (X, X.copy(), X + 1))
-    assert first.startswith("float32[9] sha256:")
+    x = MANY["x"]
+    first, same, other = (pointwise_elbo(PAIR, {"x": x}).data["x"] for x in (x, x.copy(), x + 1))
+    assert first.startswith("float32[9000] sha256:")
     assert first == same != other
 
 
 def test_num_samples_is_a_mean_over_draws():
     one, many = (
-        pointwise_elbo(PAIR, tiled(200), key=KEY, num_samples=n).pointwise.reshape(200, 9).std(0)
-        for n in (1, 100)
+        pointwise_elbo(PAIR, MANY, key=KEY, num_samples=n).pointwise.reshape(1000, 9).std(0)
+        for n in (1, 25)
     )
-    # two standard deviations from 200 draws each: relative error sqrt(2 / 400)
-    assert (abs(many / one / 0.1 - 1) < 4.5 * (2 / 400) ** 0.5).all()
+    # two standard deviations from 1,000 draws each: relative error sqrt(2 / 2,000)
+    assert (abs(many / one / 0.2 - 1) < 4.5 * (2 / 2000) ** 0.5).all()
 
 
 def test_other_plates_are_summed_within_the_datum():
@@ -92,7 +97,7 @@ def test_other_plates_are_summed_within_the_datum():
 
     data = {"x": np.arange(12, dtype=np.float32).reshape(4, 3)}
     elbo = pointwise_elbo(known(nested_model, lambda x: None, {}, data), data)
-    expected = dist.Normal(0.0, 1.0).log_prob(data["x"]).sum(1)
+    expected = stats.norm.logpdf(data["x"]).sum(1)
     np.testing.assert_allclose(elbo.pointwise, expected[None], rtol=1e-6)
 
 
@@ -107,7 +112,7 @@ AWAY = OPTIMUM | {"phi_3": OPTIMUM["phi_3"] + 0.6, "phi_4": OPTIMUM["phi_4"] + 0
 AT_OPTIMUM, AWAY_FROM_IT = (known(*TOY, params, DATA) for params in (OPTIMUM, AWAY))
 
 
-@pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 5), (21, 100)])
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 5), (29, 100)])
 def test_at_the_optimum_any_number_of_samples_gives_the_exact_log_likelihood(
     num_samples, batch_size
 ):
@@ -124,7 +129,7 @@ def test_at_the_optimum_any_number_of_samples_gives_the_exact_log_likelihood(
 def test_far_in_the_tail_nothing_underflows():
     far = {"c": DATA["c"], "x": DATA["x"] + 1e4}
     exact = gaussian_mean.log_likelihood(OPTIMUM, TRUTH.sigma_0, far["c"], far["x"])
-    result = log_likelihood(AT_OPTIMUM, far, num_samples=21)
+    result = log_likelihood(AT_OPTIMUM, far, num_samples=29)
     assert exact.max() < -1e7
     np.testing.assert_allclose(result.pointwise[0], exact, rtol=1e-5)
 
@@ -168,6 +173,7 @@ def drawing(params):
 def test_memory_does_not_grow_with_the_samples():
     draw = drawing(AWAY)
 
+    @functools.cache
     def needed(num_samples, num_largest=0):
         sampler = jax.jit(
             lambda key: evaluation._importance_sample(draw, key, num_samples, num_largest)
@@ -245,7 +251,7 @@ def test_weights_that_are_all_zero_have_no_pareto_k():
 def test_a_guide_too_narrow_has_high_pareto_k():
     def judged(share):
         fitted = known(*TOY, narrow(share), DATA)
-        return log_likelihood(fitted, tiled(20, DATA), num_samples=1000, batch_size=23)
+        return log_likelihood(fitted, tiled(5, DATA), num_samples=1000, batch_size=23)
 
     # The weights of a Gaussian with a share of the variance have Pareto's k = 1 - share.
     bad, better, good = (judged(share) for share in (0.05, 0.5, 1.5))
@@ -315,7 +321,7 @@ def test_where_there_is_no_formula_the_divergence_is_sampled():
     zeros = {"x": np.zeros(5_000, np.float32)}
     terms = elbo_terms(known(model, flat_guide, {}, zeros), zeros, batch_size=5_000)
     grid = np.linspace(-40, 40, 20_001)
-    log_q = np.asarray(dist.StudentT(8.0, 0.0, 0.9).log_prob(grid), np.float64)
+    log_q = stats.t(8.0, 0.0, 0.9).logpdf(grid)
     log_p = -0.5 * grid**2 - 0.5 * np.log(2 * np.pi)
     kl = 2 * np.trapezoid(np.exp(log_q) * (log_q - log_p), grid)
     assert terms.kl_per_dim == {}
@@ -385,6 +391,6 @@ def test_label_check_needs_labels():
 def test_log_likelihood_given_draws_is_the_formula():
     draws = {"z": np.random.default_rng(0).normal(size=(1, 7, 9, 2)).astype(np.float32)}
     found = pointwise_log_likelihood(PAIR, draws, {"x": X}, batch_size=4)
-    expected = dist.Normal(draws["z"].sum(-1), 1.0).log_prob(X)
+    expected = stats.norm.logpdf(X, draws["z"].sum(-1))
     assert found.keys() == {"x"}
     np.testing.assert_allclose(found["x"], expected, rtol=1e-5, atol=1e-6)

@@ -340,16 +340,18 @@ def test_a_shared_draw_correlates_the_data(monkeypatch):
 
 
 def test_draws_that_do_not_fit_into_memory_are_refused(monkeypatch):
-    """Half of the free memory, 1,000 bytes: a draw of mu and six z takes 28."""
+    """Half of the free memory, 125 bytes: a draw of mu takes 4, one of six z 24."""
     data = {"x": np.zeros(6, np.float32)}
     result = Fit.from_params(shared_model, shared_guide, {}, example=data)
 
     class Memory:
-        available = 2000
+        available = 250
 
     monkeypatch.setattr(generation.psutil, "virtual_memory", Memory)
-    assert sample_posterior(result, data, 35)["z"].shape == (1, 35, 6)
-    message = r"got 36, which fill 1.01e-06 GB; ask for at most 35, for fewer data"
+    message = r"got 5, which fill 1.4e-07 GB; ask for at most 4, for fewer data"
     with pytest.raises(MemoryError, match=message):
-        sample_posterior(result, data, 36)
-    assert sample_posterior(result, data, 250, return_sites=["mu"])["mu"].shape == (1, 250)
+        sample_posterior(result, data, 5)
+    assert sample_posterior(result, data, 5, return_sites=["z"])["z"].shape == (1, 5, 6)
+    assert sample_posterior(result, data, 5, return_sites=["mu"])["mu"].shape == (1, 5)
+    with pytest.raises(MemoryError, match=r"got 6, .* at most 5, for fewer data"):
+        sample_posterior(result, data, 6, return_sites=["z"])
