@@ -18,6 +18,7 @@ import pytest
 from numpyro.infer import RenyiELBO, Trace_ELBO
 
 from inference import CheckpointError, Fit, Interrupted, fit
+from inference._checkpoints import Checkpoints
 from inference._progress import Progress
 
 RNG = np.random.default_rng(0)
@@ -204,17 +205,19 @@ def test_a_half_written_checkpoint_is_not_read(saved, plain, tmp_path):
     ("change", "messages"),
     [
         (
-            {"batch_size": 8, "seed": 1, "data": {"c": C, "x": DATA["x"] + 1}},
-            ["batch_size was 20 there and is 8 here", "seed was 0 there and is 1", "data.x was"],
-        ),
-        (
             {
+                "batch_size": 8,
+                "seed": 1,
+                "data": {"c": C, "x": DATA["x"] + 1},
                 "optimizer": optax.adam(0.002),
                 "objective": Trace_ELBO(num_particles=2),
                 "validation": HELD_OUT,
                 "validation_objective": RenyiELBO(0, num_particles=3),
             },
             [
+                "batch_size was 20 there and is 8 here",
+                "seed was 0 there and is 1",
+                "data.x was",
                 ".step_size was -0.001 there and is -0.002 here",
                 "num_particles=1",
                 "num_particles=2",
@@ -224,7 +227,7 @@ def test_a_half_written_checkpoint_is_not_read(saved, plain, tmp_path):
         ),
         ({"num_steps": 30}, ["num_steps was 40 there and is 30 here: a run becomes longer"]),
     ],
-    ids=["data", "objective", "length"],
+    ids=["settings", "length"],
 )
 def test_a_checkpoint_of_another_configuration_is_refused(saved, change, messages):
     directory, _ = saved
@@ -254,7 +257,7 @@ def test_a_directory_that_holds_something_else_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"found 'notes\.txt' in it"):
         run(checkpoint=tmp_path)
     with pytest.raises(CheckpointError, match="it is a file"):
-        run(checkpoint=tmp_path / "notes.txt")
+        Checkpoints(tmp_path / "notes.txt", {})
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -263,7 +266,7 @@ def test_a_run_becomes_longer(saved_halfway, plain, tmp_path):
     assert_same_bits(run(checkpoint=directory), plain)
 
 
-def test_a_parameter_without_entries_is_saved_too(tmp_path):
+def test_a_parameter_without_entries_is_saved_too(plain, tmp_path):
     def with_empty(c, x):
         numpyro.param("none", np.zeros((2, 0), np.float32))
         guide(c, x)
@@ -272,8 +275,7 @@ def test_a_parameter_without_entries_is_saved_too(tmp_path):
     fit(model, with_empty, DATA, num_steps=10, **settings)
     longer = fit(model, with_empty, DATA, num_steps=20, **settings)
     assert longer.params["none"].shape == (1, 2, 0)
-    whole = fit(model, with_empty, DATA, num_steps=20, **(settings | {"checkpoint": None}))
-    assert_same_bits(longer, whole)
+    np.testing.assert_allclose(longer.elbo, plain.elbo[:, :20], rtol=2e-6)
 
 
 def test_a_run_whose_settings_depend_on_its_length_does_not(tmp_path):
@@ -283,10 +285,13 @@ def test_a_run_whose_settings_depend_on_its_length_does_not(tmp_path):
         run(checkpoint=tmp_path / "c", num_steps=num_steps, **settings)
 
     train(25, 25)
-    with pytest.raises(CheckpointError, match=r"num_steps was 25 .*average=0.5 depends on"):
-        train(40, 25)
-    with pytest.raises(CheckpointError, match="decay_steps was 25 there and is 40 here"):
+    with pytest.raises(CheckpointError) as caught:
         train(40, 40)
+    for message in (
+        "num_steps was 25 there and is 40 here, and average=0.5 depends on",
+        "decay_steps was 25 there and is 40 here",
+    ):
+        assert message in str(caught.value)
 
 
 def test_a_checkpoint_made_elsewhere_goes_on_with_a_warning(saved_halfway, plain, tmp_path):
@@ -370,9 +375,10 @@ def test_a_mapping_is_where_a_run_starts():
 
 
 def test_whole_numbers_are_parameters_too():
-    result = run(init={"slope": 1, "weights": np.arange(3)}, num_steps=2, batch_size=None)
+    result = run(init={"slope": 1, "weights": np.arange(3)}, **AT_REST)
     assert np.isfinite(result.elbo).all()
-    assert abs(result.params["slope"][0] - 1) < 0.01
+    np.testing.assert_array_equal(result.params["slope"], [1] * 2)
+    np.testing.assert_array_equal(result.params["weights"], [[0, 1, 2]] * 2)
 
 
 def test_a_seed_that_patience_has_stopped_goes_on_without_it():
@@ -380,7 +386,8 @@ def test_a_seed_that_patience_has_stopped_goes_on_without_it():
     stopped = run(patience=1, optimizer=optax.sgd(1.5), **settings)
     (steps,) = stopped.info["num_steps"]
     assert steps < 40
-    second = run(init=stopped, num_steps=10, optimizer=optax.sgd(1e-9), **settings)
+    settings = {"optimizer": optax.sgd(1e-9), "batch_size": None}
+    second = run(init=stopped, num_steps=10, **settings)
     assert second.info["num_steps"] == [steps + 10]
     assert np.isfinite(second.elbo).all()
 
@@ -401,7 +408,8 @@ def test_the_parameters_of_a_fit_are_where_a_run_starts_anew(first_half):
         ({"num_seeds": 3}, ValueError, "num_seeds: expected 2, as in the fit .*got 3"),
         ({"seed": 7}, ValueError, "seed: expected 0, as in the fit .*got 7"),
         (
-            {"optimizer": optax.sgd(0.1), "batch_size": None},
+            {"optimizer": optax.sgd(0.0), "batch_size": None}
+            | {"validation": None, "validate_every": None},
             ValueError,
             "init: .*optimiser's state of this run",
         ),
