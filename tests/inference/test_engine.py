@@ -43,19 +43,13 @@ def guide(c, x):
 
 
 def run(data=DATA, **settings):
-    settings = {"num_steps": 40, "batch_size": 20, "progress": False} | settings
+    settings = {"num_steps": 40, "batch_size": 24, "progress": False} | settings
     return fit(model, guide, data, **settings)
 
 
 @pytest.fixture(scope="module")
 def plain():
     return run()
-
-
-@pytest.fixture(scope="module")
-def start():
-    """Where three seeds start."""
-    return run(num_seeds=3, num_steps=1, optimizer=optax.sgd(0.0), batch_size=None)
 
 
 def assert_same_bits(a, b):
@@ -147,7 +141,7 @@ def test_programs_are_traced_and_compiled_equally_often_however_long_the_run(cap
     caplog.set_level(logging.WARNING)
     jax.config.update("jax_log_compiles", True)  # in every thread
     try:
-        short, long = count(3), count(3000)
+        short, long = count(3), count(MAX_CHUNK + 100)
     finally:
         jax.config.update("jax_log_compiles", False)
     assert short == long
@@ -181,20 +175,22 @@ def test_any_optimizer():
     assert result.elbo[0, -50:].mean() > result.elbo[0, :10].mean()
 
 
-def test_parameters_are_frozen_by_configuration(start):
+def test_parameters_are_frozen_by_configuration_and_seeds_start_differently():
     optimizer = optax.partition(
         {"free": optax.adam(0.01), "frozen": optax.set_to_zero()},
-        {"slope": "frozen", "weights": "free", "scale": "free"},
+        {"slope": "frozen", "weights": "free", "scale": "frozen"},
     )
-    end = run(optimizer=optimizer, num_seeds=3, batch_size=None)
-    np.testing.assert_array_equal(start.params["slope"], end.params["slope"])
-    assert not np.array_equal(start.params["weights"], end.params["weights"])
+    settings = {"optimizer": optimizer, "num_seeds": 3, "batch_size": None}
+    params = run(**settings, init={"scale": 2.0, "weights": np.zeros(3)}).params
+    np.testing.assert_allclose(params["scale"], [2.0] * 3, rtol=1e-6)
+    assert (abs(np.asarray(params["weights"])) > 1e-3).all()
+    assert len(np.unique(params["slope"])) == 3  # frozen where each seed started
+    assert len(np.unique(params["weights"])) == 9
 
 
 @pytest.mark.parametrize(
     "objective",
     [
-        Trace_ELBO(num_particles=2, vectorize_particles=False),
         TraceGraph_ELBO(),
         RenyiELBO(alpha=0.5, num_particles=3),
     ],
@@ -215,18 +211,13 @@ def test_the_same_seed_gives_the_same_bits(plain):
 
 
 def test_each_seed_equals_the_run_with_that_seed_alone():
-    together = run(seed=3, num_seeds=2, batch_size=16)
+    together = run(seed=3, num_seeds=2)
     assert together.seeds == [3, 4]
-    alone = run(seed=4, batch_size=16)
+    alone = run(seed=4)
     np.testing.assert_allclose(together.elbo[1], alone.elbo[0], rtol=2e-6)
     for name, value in together.params.items():
         np.testing.assert_allclose(value[1], alone.params[name][0], rtol=2e-5, atol=1e-6)
     assert not np.array_equal(*together.elbo)
-
-
-def test_seeds_start_differently(start):
-    assert len(np.unique(start.params["slope"])) == 3
-    assert len(np.unique(start.params["weights"])) == 9
 
 
 # --- held-out data --------------------------------------------------------------------------------
@@ -252,15 +243,6 @@ def climb(**settings):
     return fit(climbing_model, no_latents, {"x": np.ones(20, np.float32)}, **settings)
 
 
-def test_average_is_the_mean_over_the_tail():
-    result = climb(num_steps=10, average=0.3, validation=None, validate_every=None)
-    # the gradient shrinks the distance to the mean of the data by 0.98 at every step
-    distance = np.sqrt(-2 * (result.elbo[0] + 0.5 * np.log(2 * np.pi)))
-    np.testing.assert_allclose(distance, distance[0] * 0.98 ** np.arange(10), rtol=1e-4)
-    averaged = 1 - distance[0] * np.mean(0.98 ** np.arange(8, 11))
-    np.testing.assert_allclose(result.params["loc"][0], averaged, rtol=1e-4)
-
-
 def test_early_stopping_keeps_the_best_parameters_of_each_seed():
     result = climb(patience=5, num_seeds=3)
     for i in range(3):
@@ -274,25 +256,17 @@ def test_early_stopping_keeps_the_best_parameters_of_each_seed():
         assert np.isnan(result.elbo[i, steps:]).all()
         assert np.isfinite(result.elbo[i, :steps]).all()
     assert len(set(result.info["num_steps"])) > 1
-    alone = climb(patience=5, seed=1)
-    np.testing.assert_allclose(result.params["loc"][1], alone.params["loc"][0], rtol=1e-6)
-    assert result.info["num_steps"][1] == alone.info["num_steps"][0]
 
 
-def test_validation_without_patience_watches_and_returns_the_last_parameters():
-    result = climb(validate_every=30)
-    assert abs(float(result.params["loc"][0]) - 1) < 0.05
-    assert result.info["validation_steps"] == [30, 60, 90, 120, 150, 180]
-    assert result.validation_elbo.shape == (1, 6)
-
-
-def test_held_out_elbo_counts_each_datum_once_whatever_the_batch():
+def test_without_patience_validation_watches_and_counts_each_datum_once_whatever_the_batch():
     held_out = {"x": RNG.normal(size=11).astype(np.float32)}
-    settings = {"num_steps": 1, "batch_size": 4, "optimizer": optax.sgd(0.0)}
-    result = climb(**settings, validation=held_out)
-    loc = float(result.params["loc"][0])
+    result = climb(batch_size=4, validation=held_out, validate_every=40)
+    loc = float(result.params["loc"][0])  # the last one
+    assert abs(loc - 1) < 0.05
+    assert result.info["validation_steps"] == [40, 80, 120, 160, 200]
+    assert result.validation_elbo.shape == (1, 5)
     exact = np.mean(-0.5 * (held_out["x"] - loc) ** 2) - 0.5 * np.log(2 * np.pi)
-    np.testing.assert_allclose(result.validation_elbo, exact, rtol=1e-5)
+    np.testing.assert_allclose(result.validation_elbo[0, -1], exact, rtol=1e-5)
 
 
 def test_a_fraction_of_the_data_is_held_out():
@@ -371,8 +345,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_seed_step_and_elbo():
     assert np.isnan(row[error.step - 1 :]).all()
     assert error.last_elbo == row[error.step - 2]
     assert error.fault == "model site 'f': log density"
-    before = explode(bad=1, num_steps=error.step - 1, seed=error.seed)
-    np.testing.assert_array_equal(error.fit.params["loc"][error.seed - 5], before.params["loc"][0])
+    before = explode(bad=1, num_steps=error.step - 1, seed=5, num_seeds=3)
+    np.testing.assert_array_equal(error.fit.params["loc"], before.params["loc"])
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step():
@@ -386,17 +360,18 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step():
 
     data = {"x": np.concatenate([np.full(1, 7, np.float32), np.ones(63, np.float32)])}
     settings = {"batch_size": 4, "optimizer": optax.sgd(0.1), "progress": False}
+    settings |= {"num_seeds": 2, "seed": 2}
     with pytest.raises(NonFiniteError) as caught:
-        fit(cornered_model, no_latents, data, num_steps=32, num_seeds=2, seed=2, **settings)
+        fit(cornered_model, no_latents, data, num_steps=32, **settings)
     error = caught.value
-    i, step = error.seed - 2, error.step
+    step = error.step
     assert error.fault == "gradient of parameter 'loc'"
     assert np.isfinite(error.fit.params["loc"]).all()
     assert np.isfinite(error.fit.elbo[:, : step - 1]).all()
     assert np.isnan(error.fit.elbo[:, step - 1 :]).all()
     assert step > 1
-    before = fit(cornered_model, no_latents, data, num_steps=step - 1, seed=error.seed, **settings)
-    np.testing.assert_array_equal(error.fit.params["loc"][i], before.params["loc"][0])
+    before = fit(cornered_model, no_latents, data, num_steps=step - 1, **settings)
+    np.testing.assert_array_equal(error.fit.params["loc"], before.params["loc"])
 
 
 def test_a_bad_gradient_at_the_last_step_names_the_seed_it_happened_to():
@@ -488,14 +463,13 @@ def exact_hierarchical_elbo(x):
     return np.mean(log_z + log_x + entropy), kl_m
 
 
-@pytest.mark.parametrize("batch_size", [2, 20])
-def test_expected_elbo_with_global_latents_does_not_depend_on_the_batch_size(batch_size):
+def test_the_expected_elbo_with_global_latents_is_that_of_all_data_though_batches_are_small():
     x = np.linspace(-1, 2, 20).astype(np.float32)
     result = fit(
         hierarchical_model,
         hierarchical_guide,
         {"x": x},
-        batch_size=batch_size,
+        batch_size=2,
         num_steps=4000,
         optimizer=optax.sgd(0.0),
         progress=False,
@@ -527,29 +501,20 @@ def test_an_objective_that_weighs_whole_data_sets_refuses_batches_with_globals()
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-@pytest.mark.parametrize("num_seeds", [1, 2])
-def test_one_device_and_eight_agree_to_rounding(num_seeds):
+def test_one_device_and_eight_agree_to_rounding():
     shardings = []
 
     def spying_model(c, x=None):
         jax.debug.inspect_array_sharding(c, callback=shardings.append)
         model(c, x)
 
-    batch_size = 16 if num_seeds == 1 else None
-    settings = {"num_steps": 100, "num_seeds": num_seeds, "batch_size": batch_size}
+    settings = {"num_steps": 100, "num_seeds": 2, "batch_size": 24, "progress": False}
     one = run(**settings)
-    eight = fit(
-        spying_model if num_seeds == 1 else model,
-        guide,
-        DATA,
-        mesh=jax.make_mesh((8,), ("data",)),
-        progress=False,
-        **settings,
-    )
+    eight = fit(spying_model, guide, DATA, mesh=jax.make_mesh((8,), ("data",)), **settings)
     np.testing.assert_allclose(eight.elbo, one.elbo, rtol=1e-5)
     for name, value in one.params.items():
         np.testing.assert_allclose(eight.params[name], value, rtol=1e-4, atol=1e-6)
         assert len(eight.params[name].sharding.device_set) == 8
         assert eight.params[name].sharding.is_fully_replicated
-    if num_seeds == 1:  # every batch is split
-        assert any(len(s.device_set) == 8 and not s.is_fully_replicated for s in shardings)
+    # every batch is split
+    assert any(len(s.device_set) == 8 and not s.is_fully_replicated for s in shardings)
