@@ -43,11 +43,10 @@ def test_only_the_rest_is_trained_and_returned_from_where_each_seed_starts():
 
 
 def test_what_is_held_matters():
-    # at scale s the best slope through these data grows as s falls
-    results = [train(Held(model, {"scale": s, "loc": 0.0})) for s in (0.5, 2.0)]
-    assert all(result.params.keys() == {"slope"} for result in results)
-    slopes = [float(result.params["slope"][0]) for result in results]
-    np.testing.assert_allclose(slopes, [1 / 1.25, 1 / 5], atol=0.05)
+    result = train(Held(model, {"scale": 2.0, "loc": 0.0}))
+    assert result.params.keys() == {"slope"}
+    # at scale s the best slope through these data is 1 / (1 + s^2), at the model's own a half
+    np.testing.assert_allclose(result.params["slope"][0], 1 / 5, atol=0.05)
 
 
 def test_the_density_is_that_of_the_program_with_those_values():

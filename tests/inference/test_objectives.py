@@ -674,12 +674,11 @@ def test_the_priors_draws_are_worth_what_the_formula_says():
 
 
 def test_in_a_hybrid_the_guides_divergence_alone_is_weighed():
-    loss, gradient = value_and_grad(KLWeighted(Hybrid(0.4, UsersTrace()), 0.3))
-    _, by_guide = value_and_grad(KLWeighted(UsersTrace(), 0.3))
-    _, by_prior = value_and_grad(Hybrid(0.0, UsersTrace()))
-    np.testing.assert_allclose(loss, value(Hybrid(0.4, UsersTrace())), rtol=1e-6)
+    found = value_and_grad(KLWeighted(Hybrid(0.4, UsersTrace()), 0.3))
+    by_guide = value_and_grad(KLWeighted(UsersTrace(), 0.3))
+    by_prior = value_and_grad(Hybrid(0.0, UsersTrace()))
     expected = jax.tree.map(lambda g, p: 0.4 * g + 0.6 * p, by_guide, by_prior)
-    assert_close(gradient, expected)
+    assert_close(found, expected)
 
 
 # --- in use ---------------------------------------------------------------------------------------
@@ -731,14 +730,12 @@ def plan_of(objective, num_steps, validation):
     return check(model, guide, {"x": X}, **settings).plan
 
 
-# Those that the engine treats in a way of its own. Trace_ELBO, TraceGraph_ELBO and RenyiELBO:
-# test_engine.py trains them. TraceMeanField_ELBO: test_mean_field.py. KLWeighted: below.
+# Others are trained in test_engine.py, test_mean_field.py and, where sites are summed over,
+# test_programs_of_others.py. Steps of a warm-up and a beta-VAE are below.
 TRAINED = {
-    "summed over": TraceEnum_ELBO(3),
     "doubly reparameterised": DoublyReparameterized(3),
     "free bits": FreeBits(TraceMeanField_ELBO(2), 0.1),
     "hybrid": Hybrid(0.5, UsersTrace()),
-    "warm-up": KLWarmUp(UsersTrace(), 10),
 }
 
 

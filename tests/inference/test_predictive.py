@@ -54,7 +54,7 @@ def test_the_density_is_the_formula_under_q(make, num_local_samples, rng):
     """Each datum and the mean within four Monte Carlo errors. The mean's error is that of draws
     which all data share: over keys it is as stated, and more than of independent errors."""
     result, data, exact = make(rng)
-    sizes = {"num_samples": 500, "num_local_samples": num_local_samples, "batch_size": 16}
+    sizes = {"num_samples": 200, "num_local_samples": num_local_samples, "batch_size": 16}
     found = [
         log_predictive_density(result, data, key=jax.random.key(i), **sizes) for i in range(12)
     ]

@@ -15,6 +15,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.contrib.module import flax_module
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO
 from numpyro.infer.autoguide import AutoNormal
+from scipy import stats
 
 from inference import (
     Fit,
@@ -65,7 +66,7 @@ def of_each_datum():
 def test_an_autoguide_of_local_sites_judges_the_data_that_it_was_fitted_to(of_each_datum):
     result, data = of_each_datum
     judged = log_likelihood(result, data, num_samples=200)
-    exact = dist.Normal(result.params["m"][0], 2**0.5).log_prob(data["x"])
+    exact = stats.norm.logpdf(data["x"], result.params["m"][0], 2**0.5)
     error = np.sqrt(judged.monte_carlo_variance[0])
     assert error.max() < 0.1  # every datum has its own numbers
     assert (abs(judged.pointwise[0] - exact) < 4.5 * error).all()
@@ -117,7 +118,7 @@ def test_an_autoguide_of_global_sites_finds_the_posterior_on_batches(of_all_data
     draws = sample_posterior(result, ROWS, 40)
     assert draws["w"].shape == (1, 40, 2)
     found = pointwise_log_likelihood(result, draws, ROWS)["y"]
-    exact = dist.Normal(draws["w"] @ X.T, 1.0).log_prob(ROWS["y"])
+    exact = stats.norm.logpdf(ROWS["y"], draws["w"] @ X.T)
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)
 
 
@@ -128,10 +129,9 @@ def test_a_fresh_autoguide_judges_for_a_loaded_fit(of_all_data, tmp_path):
         regression, AutoNormal(regression), of_all_data.params_of(0), example=ROWS
     )
     few = {name: array[:7] for name, array in ROWS.items()}
-    for data in (ROWS, few):
-        expected = sample_posterior(of_all_data, data, 3)["w"]
-        for fresh in (loaded, known):
-            np.testing.assert_array_equal(sample_posterior(fresh, data, 3)["w"], expected)
+    expected = sample_posterior(of_all_data, few, 3)["w"]
+    for fresh in (loaded, known):
+        np.testing.assert_array_equal(sample_posterior(fresh, few, 3)["w"], expected)
 
 
 # --- held-out data and global sites ---------------------------------------------------------------
@@ -149,11 +149,10 @@ def gaussian_mean_guide(x):
     numpyro.sample("m", dist.Normal(loc, scale))
 
 
-@pytest.mark.parametrize("num_held_out", [5, 23])
-def test_the_held_out_number_is_the_expected_log_density(num_held_out):
+def test_the_held_out_number_is_the_expected_log_density():
     """E_q [log p(x | m)], whatever the number of held-out data and of data in a batch."""
     x = RNG.normal(1, 2**0.5, 40).astype(np.float32)
-    held_out = x[:num_held_out]
+    held_out = x[:23]  # two batches, and one that is not full
     result = train(
         gaussian_mean,
         gaussian_mean_guide,
@@ -167,8 +166,8 @@ def test_the_held_out_number_is_the_expected_log_density(num_held_out):
     exact = np.mean(-0.5 * ((held_out - 0.3) ** 2 + 0.9**2) / 2) - 0.5 * np.log(4 * np.pi)
     m = np.random.default_rng(1).normal(0.3, 0.9, (4000, 1))
     draws = np.log(normal(held_out, m, 2**0.5))
-    batches = [draws[:, i : i + 10] for i in range(0, num_held_out, 10)]  # each has its own draws
-    variance = sum(np.var(b.sum(1)) for b in batches) / 4000 / num_held_out**2
+    batches = [draws[:, i : i + 10] for i in range(0, 23, 10)]  # each has its own draws
+    variance = sum(np.var(b.sum(1)) for b in batches) / 4000 / 23**2
     assert abs(result.validation_elbo[0, 0] - exact) < 4.5 * variance**0.5
 
 

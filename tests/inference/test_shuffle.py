@@ -18,7 +18,7 @@ def images_of(index, size, words):
     return jax.vmap(lambda word: permute(index, size, word))(words)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 16, 17, 255, 256, 257, 1797, 65_537])
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 17, 257, 65_537])
 def test_bijective(size):
     words = np.array([0, 1, 12345, 2**32 - 1], np.uint32)
     images = np.asarray(images_of(np.arange(size), size, words))
@@ -49,7 +49,7 @@ def test_large_sizes_stay_in_range():
     assert (image < size).all()
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 5])
+@pytest.mark.parametrize("size", [2, 5])
 def test_every_permutation_is_equally_likely(size):
     words = jax.random.bits(jax.random.key(0), (12_000,), jnp.uint32)
     images = np.asarray(images_of(np.arange(size), size, words))

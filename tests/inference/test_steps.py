@@ -41,15 +41,16 @@ def order_of_visits(num_data, batch_size, num_steps, word=7):
     """The data that the steps visit, one after the other, and the epoch of each step."""
     settings = replace(SETTINGS, num_data=num_data, batch_size=batch_size)
 
-    def step(place, _):
+    def step(word, place, _):
         epoch, offset = place
-        index = index_of_batch(settings, epoch, offset, jnp.uint32(word))
+        index = index_of_batch(settings, epoch, offset, word)
         seen = offset + batch_size
         wraps = (seen >= num_data).astype(jnp.int32)
         return (epoch + wraps, seen - wraps * num_data), (index, epoch)
 
     zero = jnp.zeros((), jnp.int32)
-    indices, epochs = jax.jit(lambda: lax.scan(step, (zero, zero), length=num_steps)[1])()
+    scan = jax.jit(lambda w: lax.scan(partial(step, w), (zero, zero), length=num_steps)[1])
+    indices, epochs = scan(np.uint32(word))
     return np.asarray(indices).ravel(), np.asarray(epochs)
 
 
