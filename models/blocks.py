@@ -85,7 +85,8 @@ class Block:
         if fn.event_shape != self.real_shape:
             fn = _reshaped(fn, self.real_shape)
         if not is_real(self.transform.support):
-            fn = dist.TransformedDistribution(fn, self.transform)
+            # NumPyro's own check of the value would make an edge impossible.
+            fn = dist.TransformedDistribution(fn, self.transform, validate_args=False)
         return fn if self.mask is None else fn.mask(self.mask)
 
 
