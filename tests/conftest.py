@@ -3,6 +3,7 @@
 That warnings are errors is set in pyproject.toml.
 """
 
+import gc
 import os
 import sys
 import tempfile
@@ -61,6 +62,14 @@ def _share_compiled_programs(directory: str) -> None:
         if name.upper() not in os.environ:
             os.environ[name.upper()] = str(value)
             jax.config.update(name, value)
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes many objects. Looking through all modules for garbage would take a tenth of
+    the time, so the collector leaves out what is there by now, and looks less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
 
 
 @pytest.fixture

@@ -342,6 +342,7 @@ def table_file(path):
 SMALL = {"hidden": (4,), "num_latents": 2, "num_epochs": 2, "num_samples": 5, "progress": False}
 
 
+@pytest.mark.slow
 def test_a_table_runs_without_pictures_and_opens_again(tmp_path):
     path = tmp_path / "run"
     config = mnist_vae.Config(dataset=table_file(tmp_path / "mine.csv"), out=path, **SMALL)
