@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import numpy as np
@@ -26,7 +27,8 @@ from inference import (
     sample_posterior_predictive,
     sample_prior_predictive,
 )
-from inference._judges import default_key
+from inference._checks import look
+from inference._judges import default_key, judged_data
 
 RNG = np.random.default_rng(0)
 C = RNG.integers(0, 3, 20).astype(np.float32)
@@ -282,3 +284,25 @@ def test_a_global_site_has_draws_and_no_datum(shared):
     exact = stats.lognorm.logpdf(DATA["x"], 1.0, scale=np.exp(draws["m"][..., None]))
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
     assert encode(shared, DATA)["m"].shape == (1,)
+
+
+def test_programs_are_looked_at_once_for_each_shape_of_data(monkeypatch):
+    """No judge goes by what was found on data of another shape or type."""
+    fresh = Fit.from_params(
+        model,
+        guide,
+        {"slope": 1.0, "bias": 0.0, "weights": np.zeros(2, np.float32)},
+        example=DATA,
+    )
+    seen = []
+
+    def noting(model, guide, shapes, **settings):
+        seen.append({name: (array.shape, array.dtype) for name, array in shapes.items()})
+        return look(model, guide, shapes, **settings)
+
+    monkeypatch.setattr(sys.modules["inference.fit"], "look", noting)  # fit is a function too
+    few = {name: array[:7] for name, array in DATA.items()}
+    whole = few | {"c": few["c"].astype(np.int32)}
+    for data in (few, few, whole, few, whole):
+        judged_data(fresh, data)
+    assert [found["c"] for found in seen] == [((7,), np.float32), ((7,), np.int32)]
