@@ -184,6 +184,18 @@ def toy_loss(params, key, c, x, log_normal=log_normal):
     )
 
 
+def toy_loss_by_site(params, key, c, x):
+    """The same as NumPyro computes it: keys split three times, its density, a sum for each site."""
+    for _ in range(3):
+        _, key = random.split(key)
+    loc = params["phi_1"] * x + params["phi_2"] * c + params["phi_3"]
+    z = loc + jnp.exp(params["phi_4"] / 2) * random.normal(key, x.shape)
+    log_p_z = numpyro_log_normal(z, params["theta_1"] + params["theta_2"] * c, 0.0).sum()
+    log_p_x = numpyro_log_normal(x, z, params["theta_3"]).sum()
+    log_q = numpyro_log_normal(z, loc, params["phi_4"]).sum()
+    return -(log_p_z + log_p_x - log_q) / len(x)
+
+
 def toy(config: Config) -> dict[str, tuple[Callable[[], Timing], int]]:
     """The contestants on the Gaussian unknown mean, with their numbers of steps."""
     data = gaussian_mean.Truth().simulate(100_000, seed=0)
@@ -202,6 +214,10 @@ def toy(config: Config) -> dict[str, tuple[Callable[[], Timing], int]]:
         "hand-written scan": (by_hand(toy_loss, init, data, 1_000, steps), steps),
         "hand-written scan, NumPyro's density": (
             by_hand(partial(toy_loss, log_normal=numpyro_log_normal), init, data, 1_000, steps),
+            steps,
+        ),
+        "hand-written scan, keys and sums of sites too": (
+            by_hand(toy_loss_by_site, init, data, 1_000, steps),
             steps,
         ),
         "hand-written scan, sorting each epoch": (

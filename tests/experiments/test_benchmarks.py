@@ -39,6 +39,8 @@ def test_the_hand_written_toy_is_the_same_arithmetic():
     ours = average(lambda key: Trace_ELBO().loss(key, params, model, guide, **data) / 50)
     assert abs(hand[0] - ours[0]) < 4 * np.hypot(hand[1], ours[1])
     np.testing.assert_allclose(densities[0], hand[0], rtol=1e-5)  # the same draws
+    by_site = average(lambda key: speed.toy_loss_by_site(params, key, **data))
+    assert abs(by_site[0] - ours[0]) < 4 * np.hypot(by_site[1], ours[1])
 
 
 def test_the_hand_written_vae_is_the_same_arithmetic():
