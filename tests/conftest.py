@@ -11,6 +11,7 @@ import tempfile
 import jax
 import jaxtyping
 import numpy as np
+import psutil
 import pytest
 
 # Every annotation in the packages is checked when a function is called. This must come before
@@ -69,7 +70,16 @@ def pytest_collection_finish() -> None:
     the time, so the collector leaves out what is there by now, and looks less often."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 50)
+    gc.set_threshold(20_000, 10, 10)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """A worker stays small: after a file that leaves it large, JAX forgets what it has compiled."""
+    yield
+    if psutil.Process().memory_info().rss > 1.2 * 2**30:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
