@@ -220,7 +220,9 @@ def compare(runs: Runs, data: Any = None) -> DataFrame:
         compared = _compare(numbers) if numbers else pd.DataFrame(columns=["mlpd", "se"])
         table[name], table[f"{name}_se"] = compared["mlpd"], compared["se"]
     table["difference"] = table["difference_se"] = np.nan
-    densities = {run: found for run, tree in trees.items() if (found := elpd(tree)) is not None}
+    densities: dict[str, ELPDData] = {}
+    for name in DENSITIES:  # as in elpd: the later one counts
+        densities |= judged[name]
     known = densities if len(densities) == len(trees) else judged["elbo"]
     if len(known) == len(trees):
         compared = _compare(known)

@@ -441,8 +441,8 @@ def _check_drawable(name: str, site: Site) -> None:
     support = site["fn"].support
     if is_scanned(site):
         raise ValueError(
-            f"model site {name!r}: expected a latent site outside scan, got one inside, whose "
-            f"steps a family cannot tell apart; draw its noise as one site before the scan, with "
+            f"model site {name!r}: expected a latent site outside scan, got one inside: a family "
+            f"cannot tell its steps apart; draw its noise as one site before the scan, with "
             f".to_event, and compute the states from it"
         )
     if support.is_discrete:

@@ -66,8 +66,8 @@ def _share_compiled_programs(directory: str) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Tracing makes many objects. Looking through all modules for garbage would take a tenth of
-    the time, so the collector leaves out what is there by now, and looks less often."""
+    """Tracing makes many objects. Looking through all modules for garbage would take a fifth of
+    the time. So the collector leaves out what is there by now, and looks less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)

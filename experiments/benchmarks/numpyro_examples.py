@@ -5,8 +5,8 @@
 The script imports the models from a checkout of NumPyro and makes small data for each. The table
 ``NUMPYRO_EXAMPLES.md`` says what became of each: its ELBO, or the one line that says why not.
 
-``functools.partial`` fixes what is no array of the data: lengths, flags, settings. Where a model
-sums over discrete sites, the objective is ``TraceEnum_ELBO``. Nothing else is adapted, unless the
+``functools.partial`` fixes arguments that are no data: lengths, flags, settings. Where a model sums
+over discrete sites, the objective is ``TraceEnum_ELBO``. Nothing else is adapted, unless the
 table says so.
 """
 
@@ -330,9 +330,9 @@ CASES: dict[str, Callable[[Draw], Iterator[Case]] | str] = {
     "cvae.py": "No program: a page of text about `cvae-flax/`.",
     "cvae-flax/__init__.py": "No model: empty.",
     "cvae-flax/data.py": "No model: it loads images.",
-    "cvae-flax/main.py": "No model of its own: it trains that of `cvae-flax/models.py`.",
+    "cvae-flax/main.py": "No own model: it trains the one in `cvae-flax/models.py`.",
     "cvae-flax/train_baseline.py": "No NumPyro model: it trains a Flax network.",
-    "cvae-flax/train_cvae.py": "No model of its own: it trains that of `cvae-flax/models.py`.",
+    "cvae-flax/train_cvae.py": "No own model: it trains the one in `cvae-flax/models.py`.",
     "__init__.py": "No model: empty.",
 } | {
     f"{cases.__name__}.py": cases
@@ -385,7 +385,9 @@ def what_became(
     """The ELBO at the start and at the end of a training, or why there is none.
 
     Args:
-        model, case, num_steps: what is trained, on what, and how long.
+        model: it is trained.
+        case: its data and fixed arguments.
+        num_steps: the length of the training.
         missing: packages that mocks stand in for.
     """
     if case.fixed:
