@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 # Parts of a run's identity: where it was made, how long it is, what was compiled.
-MADE_BY = ("versions", "device", "mesh")
+MADE_BY = ("versions", "device", "mesh", "processes")
 LENGTHS = ("num_steps", "num_epochs")
 COMPILED = ("shapes", "program")
 
@@ -100,19 +100,19 @@ class Checkpoints:
         composite = args.Composite(identity=args.JsonRestore())
         found = self._manager.restore(step, args=composite)["identity"]
         given = self._identity
-        elsewhere = list(_differences(_part(found, MADE_BY), _part(given, MADE_BY)))
+        elsewhere = list(differences(_part(found, MADE_BY), _part(given, MADE_BY)))
         others = (*MADE_BY, *LENGTHS, *COMPILED)
-        differences = [
-            *_differences(_part(found, others, False), _part(given, others, False)),
+        differ = [
+            *differences(_part(found, others, False), _part(given, others, False)),
             *_differences_of_length(found, given),
         ]
-        if not differences:  # else the compiled program differs too, and says no more
+        if not differ:  # else the compiled program differs too, and says no more
             compared = COMPILED[:1] if elsewhere else COMPILED
-            differences = list(_differences(_part(found, compared), _part(given, compared)))
-        if differences:
+            differ = list(differences(_part(found, compared), _part(given, compared)))
+        if differ:
             raise CheckpointError(
                 f"checkpoint {self._directory}: expected a run of this configuration, but "
-                f"{'; '.join(differences)}; give another directory, or the same settings"
+                f"{'; '.join(differ)}; give another directory, or the same settings"
             )
         if elsewhere:
             warnings.warn(
@@ -189,12 +189,12 @@ def _differences_of_length(found: Mapping[str, Any], given: Mapping[str, Any]) -
         )
 
 
-def _differences(found: Any, given: Any, name: str = "") -> Iterator[str]:
+def differences(found: Any, given: Any, name: str = "") -> Iterator[str]:
     """Sentences on where two JSON-able values differ, deepest names first."""
     if isinstance(found, dict) and isinstance(given, dict):
         for key in sorted(found.keys() | given.keys()):
             path = f"{name}.{key}" if name else str(key)
-            yield from _differences(found.get(key), given.get(key), path)
+            yield from differences(found.get(key), given.get(key), path)
     elif found != given and name == "program":
         yield (
             "the compiled program differs (the model, the guide, the objective, the optimiser "

@@ -1,13 +1,14 @@
 """A user's data as arrays by name, checked once before anything runs.
 
 Data are a mapping of arrays or lists, a pandas DataFrame (one array a column) or an xarray
-Dataset. The leading axis of every array is the datum.
+Dataset. The leading axis of every array is the datum. A memory-mapped array and a source, which
+returns one datum at a time, become a stream (``inference._streams``).
 """
 
 import functools
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -15,9 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from inference._streams import (
+    PreparedStream,
+    Stream,
+    chunks,
+    is_source,
+    memory_mapped,
+    source_stream,
+)
+
 _SLAB = 2**20  # entries that are looked at together: this bounds the memory of the checks
 
-Arrays = dict[str, Any]  # NumPy or JAX arrays
+Arrays = Mapping[str, Any]  # NumPy or JAX arrays, or a stream
 
 
 class Prepared(dict):
@@ -32,21 +42,41 @@ class Prepared(dict):
     source: dict[str, str] | None = None
 
     def __init__(self, data: Any, source: dict[str, str] | None = None):
-        super().__init__(as_arrays(data, "Prepared"))
+        super().__init__(_arrays_by_name(data, "Prepared"))
         self.source = source
 
 
+def is_prepared(data: Any) -> bool:
+    """Whether data are marked as those that the programs take."""
+    return isinstance(data, Prepared | PreparedStream)
+
+
 def as_arrays(data: Any, name: str = "data") -> Arrays:
-    """The arrays of a data set, by name.
+    """The arrays of a data set, by name. A stream if one is memory-mapped, or from a source.
 
     Args:
-        data: a mapping of arrays or lists, a DataFrame or a Dataset.
+        data: a mapping of arrays or lists, a DataFrame, a Dataset, or a source: with a length, and
+            with one datum, a mapping of arrays, at each number.
         name: what to call the data in a message.
 
     Raises:
         TypeError: it is none of these, or a value is not an array of numbers.
         ValueError: a list whose rows differ in length.
+        StreamError: a source that raises.
     """
+    if isinstance(data, Stream):
+        return data
+    pandas = sys.modules.get("pandas")
+    is_table = isinstance(data, getattr(pandas, "DataFrame", ()))
+    if is_source(data) and not is_table:
+        return source_stream(data, name)
+    arrays = _arrays_by_name(data, name)
+    is_mapped = any(isinstance(array, np.memmap) for array in arrays.values())
+    return memory_mapped(arrays) if is_mapped else arrays
+
+
+def _arrays_by_name(data: Any, name: str) -> dict[str, Any]:
+    """The arrays of a data set that is no source, by name."""
     pandas = sys.modules.get("pandas")  # which may be half imported, by another thread
     if isinstance(data, getattr(pandas, "DataFrame", ())):
         data = {str(column): data[column].to_numpy() for column in data.columns}
@@ -83,13 +113,19 @@ def _as_array(value: Any, name: str) -> Any:
     return value
 
 
-def check_arrays(arrays: Arrays, name: str = "data", may_miss: Collection[str] = ()) -> int:
-    """Checks the arrays of a data set.
+def check_arrays(
+    arrays: Arrays,
+    name: str = "data",
+    may_miss: Collection[str] = (),
+    look: Callable[..., Any] | None = None,
+) -> int:
+    """Checks the arrays of a data set. A stream is read once, piece by piece.
 
     Args:
         arrays: as ``as_arrays`` gives them.
         name: what to call the data in a message, for example "validation".
         may_miss: the arrays that may hold NaN, for missing entries.
+        look: is called with each piece, its arrays by keyword, after the checks.
 
     Returns:
         N, the common leading length.
@@ -108,9 +144,12 @@ def check_arrays(arrays: Arrays, name: str = "data", may_miss: Collection[str] =
     size = leading_length(arrays, name)
     if size == 0:
         raise ValueError(f"{name}: expected at least one datum, got arrays of leading length 0")
-    for key, array in arrays.items():
-        _check_finite(array, name, key, key in may_miss)
-        _check_range(array, f"{name}[{key!r}]")
+    for start, piece in chunks(arrays):
+        for key, array in piece.items():
+            _check_finite(array, name, key, key in may_miss, start)
+            _check_range(array, f"{name}[{key!r}]")
+        if look is not None:
+            look(**piece)
     return size
 
 
@@ -157,7 +196,7 @@ def _check_range(array: Any, name: str) -> None:
         )
 
 
-def _check_finite(array: Any, name: str, key: str, may_miss: bool) -> None:
+def _check_finite(array: Any, name: str, key: str, may_miss: bool, first_row: int) -> None:
     if not jnp.issubdtype(array.dtype, np.inexact):
         return
     if isinstance(array, Array) and bool(_all_finite(array, may_miss)):  # on the device
@@ -171,7 +210,7 @@ def _check_finite(array: Any, name: str, key: str, may_miss: bool) -> None:
         if faulty.any():
             if count == 0:
                 row, *rest = (int(i) for i in np.unravel_index(faulty.argmax(), faulty.shape))
-                first = (start + row, *rest)
+                first = (first_row + start + row, *rest)
             count += int(np.count_nonzero(faulty))
             some_nan = some_nan or bool(np.isnan(slab[faulty]).any())
     if count:

@@ -10,6 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from inference._streams import Stream
+from inference.sites import spread_rows
+
+FIXED_RECORDS = 1000  # of a stream, which stand for all
 PACKAGES = ("guidebook", "numpyro", "jax", "jaxlib", "flax", "optax", "arviz", "numpy")
 
 
@@ -47,14 +51,22 @@ def _short(value: Any) -> str:
 
 
 def describe_arrays(arrays: Mapping[str, Any], contents: bool) -> dict[str, str]:
-    """Type and shape of each array and, with ``contents``, the SHA-256 of its values."""
+    """Type and shape of each array and, with ``contents``, the SHA-256 of its values.
+
+    Of a stream the hash is that of ``FIXED_RECORDS`` records, spread evenly over all.
+    """
+    if isinstance(arrays, Stream):
+        records = arrays.rows(spread_rows(arrays.num_data, FIXED_RECORDS)) if contents else {}
+        ending, shapes = f" of {FIXED_RECORDS} records", arrays.shapes
+    else:
+        records = shapes = {name: np.asarray(array) for name, array in arrays.items()}
+        ending = ""
     described = {}
-    for name, array in arrays.items():
-        array = np.asarray(array)
-        described[name] = f"{array.dtype}{list(array.shape)}"
+    for name, shape in shapes.items():
+        described[name] = f"{shape.dtype}{list(shape.shape)}"
         if contents:
-            digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-            described[name] += f" sha256:{digest[:16]}"
+            digest = hashlib.sha256(np.ascontiguousarray(records[name]).data).hexdigest()
+            described[name] += f" sha256:{digest[:16]}{ending}"
     return described
 
 

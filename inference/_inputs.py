@@ -27,7 +27,7 @@ from inference._checks import (
     prime,
     support_check,
 )
-from inference._data import Arrays, Prepared, as_arrays, check_arrays, converted
+from inference._data import Arrays, as_arrays, check_arrays, converted, is_prepared
 from inference._describe import describe_arrays, describe_optimizer, describe_value
 from inference._missing import masked_arrays, masking
 from inference._settings import (
@@ -38,9 +38,10 @@ from inference._settings import (
     require_whole,
 )
 from inference._steps import Plan, constrain_of
-from inference.fit import Fit, check_with, prepare
+from inference._streams import chunks, full_batches, piece_of, take
+from inference.fit import Fit, look_of, prepare
 from inference.objectives import check_objective, traits
-from inference.sites import Program, length
+from inference.sites import Program, abstract, length
 
 SPLIT_SEED = 0  # which data ``validation=0.1`` holds out: the same for every seed
 
@@ -119,7 +120,7 @@ def check(
             "{}, example=data) takes programs without parameters to the judges"
         )
     _check_objectives(model, guide, batch, key, trained, validation_objective, programs, settings)
-    first = {name: array[: settings.batch_size] for name, array in arrays.items()}
+    first = piece_of(arrays, 0, settings.batch_size)
     prime(guide, key, lambda: first if prepared is None else prepared(key, first))
     plan = Plan(
         model=model,
@@ -137,9 +138,7 @@ def check(
     if validation is not None:
         _check_validation(plan, arrays, validation, batch)
     params = _initial(init, programs, settings)
-    source = (
-        data.source if isinstance(data, Prepared) and "validation_indices" not in info else None
-    )
+    source = data.source if is_prepared(data) and "validation_indices" not in info else None
     config = _describe(plan, validation_objective, arrays, validation, source)
     config["init"] = _digest(init)
     return Inputs(plan, arrays, validation, params, config, info, batch)
@@ -197,26 +196,25 @@ def _arrays(
 ) -> tuple[Arrays, Arrays | None, dict[str, Any]]:
     """The training data, the held-out data as the programs take them, and notes on both."""
     arrays = as_arrays(data)
-    num_data = check_arrays(arrays, may_miss=masked_arrays(model, missing))
-    if isinstance(data, Prepared) and preprocess is not None:
+    look = None if is_prepared(data) else look_of(model)
+    num_data = check_arrays(arrays, may_miss=masked_arrays(model, missing), look=look)
+    if is_prepared(data) and preprocess is not None:
         raise ValueError(
             "data: expected data as preprocess takes them, got Prepared ones; leave preprocess "
             "out, or give the data as they were"
         )
-    if not isinstance(data, Prepared):
-        check_with(model, arrays)
     info: dict[str, Any] = {"converted": converted(arrays)}
     if isinstance(validation, float):
         held_out, kept = _split(validation, num_data)
-        validation = {name: array[held_out] for name, array in arrays.items()}
-        arrays = {name: array[kept] for name, array in arrays.items()}
+        validation, arrays = take(arrays, held_out), take(arrays, kept)
         info["validation_indices"] = held_out.tolist()
     if validation is None:
         return arrays, None, info
-    if not isinstance(validation, Prepared):
+    if not is_prepared(validation):
         validation = prepare(model, preprocess, validation, "validation", missing=missing)
+    validation = as_arrays(validation, "validation")
     check_arrays(validation, "validation")
-    return arrays, dict(validation), info
+    return arrays, validation, info
 
 
 def _split(fraction: float, num_data: int) -> tuple[np.ndarray, np.ndarray]:
@@ -237,12 +235,8 @@ def _split(fraction: float, num_data: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _first_batch(prepared: Any, settings: Settings, key: Any, arrays: Arrays) -> dict[str, Any]:
     """The abstract values of a prepared batch."""
-
-    def first(key: Any, arrays: Arrays) -> Any:
-        batch = {name: array[: settings.batch_size] for name, array in arrays.items()}
-        return batch if prepared is None else dict(prepared(key, batch))
-
-    return jax.eval_shape(first, key, arrays)
+    batch = abstract(arrays, settings.batch_size)
+    return batch if prepared is None else dict(jax.eval_shape(prepared, key, batch))
 
 
 def _check_values(plan: Plan, key: Any, arrays: Arrays, validation: Arrays | None) -> None:
@@ -253,16 +247,11 @@ def _check_values(plan: Plan, key: Any, arrays: Arrays, validation: Arrays | Non
     check = support_check(plan.model, plan.guide, programs.params | programs.mutable)
     size = settings.num_data if settings.is_whole else min(SUPPORT_ROWS, settings.num_data)
 
-    def training() -> Any:
-        for start in range(0, settings.num_data, size):
-            rows = slice(min(start, settings.num_data - size), None)
-            batch = {name: array[rows][:size] for name, array in arrays.items()}
-            yield key, batch if prepared is None else prepared(key, batch)
-
-    prepared = plan.prepare and jax.jit(plan.prepare)
-    check_supports(check, training(), plan.model)
+    prepared = jax.jit(plan.prepare) if plan.prepare else lambda key, batch: batch
+    training = ((key, prepared(key, batch)) for batch in full_batches(arrays, size))
+    check_supports(check, training, plan.model)
     if validation is not None and not programs.tied_to:
-        check_supports(check, [(key, validation)], plan.model)
+        check_supports(check, ((key, piece) for _, piece in chunks(validation)), plan.model)
 
 
 # --- programs, objectives -------------------------------------------------------------------------

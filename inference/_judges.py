@@ -7,13 +7,14 @@ program. So its memory does not grow with the number of data or of draws.
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
 from jax import random
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from inference._checks import (
@@ -24,10 +25,13 @@ from inference._checks import (
     prime,
     support_check,
 )
-from inference._data import Arrays, Prepared, as_arrays, check_arrays
+from inference._data import Arrays, as_arrays, check_arrays, is_prepared
 from inference._describe import describe_arrays
+from inference._feeds import ahead, put, put_rows
+from inference._processes import is_first, to_host
 from inference._progress import progress as progress_bar
 from inference._settings import require_whole
+from inference._streams import Stream, full_batches
 from inference.fit import Fit, prepare, programs_of, tied_message
 from inference.sites import Program, is_auxiliary, is_latent, length, trace_of
 
@@ -64,7 +68,7 @@ def judged_data(result: Fit, data: Any) -> Judged:
             or that the guide was not fitted to where it has numbers for each datum.
     """
     require_fit(result)
-    is_plain = not isinstance(data, Prepared)
+    is_plain = not is_prepared(data)
     if is_plain:
         if result.config.get("preprocess") is not None or result.preprocess is not None:
             raise ValueError(
@@ -120,10 +124,7 @@ def _check_values(
         return
     check = support_check(result.model, result.guide, programs.params | programs.mutable)
     size = min(SUPPORT_ROWS, num_data) if programs.takes_batches else num_data
-    batches = (
-        (random.key(0), {n: a[max(0, min(i, num_data - size)) :][:size] for n, a in arrays.items()})
-        for i in range(0, num_data, size)
-    )
+    batches = ((random.key(0), batch) for batch in full_batches(arrays, size))
     check_supports(check, batches, result.model)
     passed.add(digest)
 
@@ -201,6 +202,7 @@ def over_data(
     """``judge(params, key, batch)`` on every seed and batch: its arrays (batch, ...) joined.
 
     All seeds use the same keys, and each runs by itself: row i equals the judge of seed i alone.
+    The devices of the fit's mesh, all axes together, split each batch.
 
     Args:
         judge: a compiled function.
@@ -218,22 +220,41 @@ def over_data(
     num_data, num_seeds = length(judged.arrays), result.num_seeds
     require_whole("batch_size", batch_size, 1)
     size = min(batch_size, num_data) if judged.programs.takes_batches else num_data
-    values = [values_of(result, seed) for seed in range(num_seeds)]
+    everywhere, split = _places(result.mesh, size)
+    values = [put(values_of(result, seed), everywhere) for seed in range(num_seeds)]
     parts: list[list[Any]] = [[] for _ in range(num_seeds)]
     mean = 0.0
-    with progress_bar(num_data, "datum", show=show) as shown:
-        for i, start in enumerate(range(0, num_data, size)):
+
+    def batches() -> Iterator[tuple[np.ndarray, Any]]:
+        for start in range(0, num_data, size):
             index = np.minimum(np.arange(start, start + size), num_data - 1)  # the last one is full
-            batch = {name: array[index] for name, array in judged.arrays.items()}
-            count = min(size, num_data - start)
+            yield index, put_rows(judged.arrays, index, split)
+
+    is_stream = isinstance(judged.arrays, Stream)
+    with progress_bar(num_data, "datum", show=show and is_first()) as shown:
+        for i, (index, batch) in enumerate(ahead(batches()) if is_stream else batches()):
+            count, own = min(size, num_data - i * size), put(random.fold_in(key, i), everywhere)
             for seed in range(num_seeds):
-                more = () if extra is None else (extra(seed, index),)
-                found = judge(values[seed], random.fold_in(key, i), batch, *more)
-                found = jax.device_get(found)
+                more = () if extra is None else (put(extra(seed, index), everywhere),)
+                found = to_host(judge(values[seed], own, batch, *more))
                 parts[seed].append(jax.tree.map(lambda x, n=count: x[:n], found))
-            done = start + count
+            done = i * size + count
             first = jax.tree.leaves(parts[0][-1])[0]
             mean += (float(np.mean(first)) - mean) * count / done
             shown.update(done, {field: f"{mean:.4f}"} if field else {})
     joined = [jax.tree.map(lambda *x: np.concatenate(x), *seed) for seed in parts]
     return jax.tree.map(lambda *x: np.stack(x), *joined)
+
+
+def _places(mesh: Mesh | None, size: int) -> tuple[NamedSharding | None, NamedSharding | None]:
+    """How parameters and a batch of ``size`` data lie on the devices.
+
+    The batch is split over as many devices as divide it: over all axes of the mesh, over one, or
+    over none.
+    """
+    if mesh is None:
+        return None, None
+    names = mesh.axis_names
+    axes = [(names, mesh.size), *((name, mesh.shape[name]) for name in names), (None, 1)]
+    best = max((pair for pair in axes if size % pair[1] == 0), key=lambda pair: pair[1])[0]
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(best))

@@ -5,38 +5,56 @@ seconds. When it looks changes no bit of the result: a step depends on its numbe
 before it alone.
 """
 
+import functools
 import os
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from inference._checkpoints import Checkpoints
+from inference._checkpoints import CheckpointError, Checkpoints, differences
 from inference._describe import describe_device, describe_program, versions
+from inference._feeds import (
+    MAX_CHUNK,
+    HeldOut,
+    InMemory,
+    Streamed,
+    Whole,
+    Window,
+    feed,
+    put,
+    put_rows,
+    sharding,
+)
 from inference._history import History, mean_of_finite
 from inference._inputs import Inputs
+from inference._processes import ctrl_c_for_all, is_first, of_all, of_first, text_of_first, to_host
 from inference._progress import Progress
 from inference._settings import Settings
 from inference._steps import (
-    MAX_CHUNK,
     State,
     advance,
     by_seed,
     find_fault,
     finish,
+    first_rows,
+    keep_best,
+    on_axes,
+    order_word,
     validate,
 )
 from inference._steps import (
     init as init_state,
 )
+from inference._streams import StreamError
 from inference.fit import Fit, Interrupted, NonFiniteError
 
 SECONDS_PER_CHUNK = 2.0
@@ -47,19 +65,19 @@ class Run:
     """One run on its way. ``state`` is replaced last, so a run can be read whenever it stops."""
 
     inputs: Inputs
-    keys: Any
-    data: Any
-    validation: Any
+    placed: "Placed"
     template: State  # abstract
     init: Callable[..., State]
     advance: Callable[..., Any]
-    validate: Callable[..., Any] | None
+    validate: dict[int, Callable[..., Any]]  # by the data in a batch
+    keep_best: Callable[..., State]
     identity: dict[str, Any]
     began: float
     compiling: float
     state: State = None  # type: ignore[assignment]
     history: History = None  # type: ignore[assignment]
-    checkpoints: Checkpoints | None = None
+    checkpoints: Checkpoints | None = None  # of process 0
+    keeps_checkpoints: bool = False
 
     @property
     def settings(self) -> Settings:
@@ -67,79 +85,147 @@ class Run:
         return self.inputs.plan.settings
 
 
-def place(inputs: Inputs) -> tuple[Any, Any, Any]:
+@dataclass(frozen=True)
+class Placed:
+    """What a run has on the devices.
+
+    Attributes:
+        keys: one a seed.
+        first: the data that parameters are made on.
+        data: what brings the training data.
+        held_out: the held-out data, or None.
+    """
+
+    keys: Any
+    first: Any
+    data: InMemory | Streamed
+    held_out: HeldOut | None
+
+
+def place(inputs: Inputs) -> Placed:
     """Keys, data and held-out data on the devices."""
-    settings = inputs.plan.settings
+    plan, settings, mesh = inputs.plan, inputs.plan.settings, inputs.plan.mesh
     keys = jnp.stack([random.key(settings.seed + i) for i in range(settings.num_seeds)])
-    return jax.device_put((keys, inputs.data, inputs.validation), _replicated(inputs))
-
-
-def _replicated(inputs: Inputs) -> NamedSharding | None:
-    mesh = inputs.plan.mesh
-    return mesh and NamedSharding(mesh, PartitionSpec())
-
-
-def compile_steps(inputs: Inputs, placed: tuple[Any, Any, Any], began: float) -> Run:
-    """Compiles the loop and the held-out ELBO; XLA works on both at once."""
-    compiling, plan = time.perf_counter(), inputs.plan
-    keys, data, validation = placed
-    template = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_replicated(inputs)),
-        jax.eval_shape(lambda *args: init_state(plan, *args), keys, data, inputs.params),
+    words = np.asarray(jax.vmap(order_word)(keys))
+    held_out = inputs.validation
+    return Placed(
+        keys=put(keys, sharding(mesh, "seed")),
+        first=put_rows(inputs.data, first_rows(plan), sharding(mesh)),
+        data=feed(inputs.data, settings, words, mesh),
+        held_out=None if held_out is None else HeldOut(held_out, settings.batch_size, mesh),
     )
 
-    def steps(state: State, keys: Any, data: Any, stop: Any) -> Any:
-        return advance(plan, state, keys, data, stop)
 
-    def held_out(state: State, keys: Any, data: Any) -> Any:
-        return validate(plan, state, keys, data)
+def _places(mesh: Mesh | None, state: State) -> Any:
+    """How a state lies on the devices: its seeds along the mesh's axis "seed". None for one."""
+    if mesh is None:
+        return None
+    everywhere = jax.tree.map(lambda _: sharding(mesh), state)
+    return by_seed(lambda _: sharding(mesh, "seed"), everywhere)
 
-    lowered = jax.jit(steps).lower(template, keys, data, np.int32(0))
+
+def compile_steps(inputs: Inputs, placed: Placed, began: float) -> Run:
+    """Compiles the loop and the held-out ELBO; XLA works on all at once."""
+    compiling, plan = time.perf_counter(), inputs.plan
+    keys, held_out = placed.keys, placed.held_out
+    start = functools.partial(init_state, plan)
+    shapes = jax.eval_shape(start, keys, placed.first, inputs.params)
+    places = _places(plan.mesh, shapes)
+    template = shapes if places is None else jax.tree.map(_at, shapes, places)
+    steps = jax.jit(functools.partial(advance, plan))
+    lowered = [steps.lower(template, keys, placed.data.abstract(), np.int32(0))]
+    windows = {} if held_out is None else held_out.abstract()
+    if held_out is not None:
+        judge = functools.partial(validate, plan, held_out.num_data, held_out.num_full + 1)
+        lowered += [
+            jax.jit(judge).lower(template, keys, window, np.int32(0)) for window in windows.values()
+        ]
+    identity = {
+        "versions": versions(),
+        "device": describe_device(),
+        "mesh": None if plan.mesh is None else list(plan.mesh.shape.items()),
+        "processes": jax.process_count(),
+        "program": describe_program(lowered[0].as_text()),
+        "shapes": [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(template)],
+    }
+    check_same(inputs.config | {name: identity[name] for name in ("shapes", "program")})
     with ThreadPoolExecutor() as pool:
-        compiled = pool.submit(lowered.compile)
-        judged = None
-        if validation is not None:
-            judged = jax.jit(held_out).lower(template, keys, validation).compile()
-        identity = {
-            "versions": versions(),
-            "device": describe_device(),
-            "mesh": None if plan.mesh is None else list(plan.mesh.shape.items()),
-            "program": describe_program(lowered.as_text()),
-            "shapes": [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(template)],
-        }
-        return Run(
-            inputs=inputs,
-            keys=keys,
-            data=data,
-            validation=validation,
-            template=template,
-            init=jax.jit(lambda *args: init_state(plan, *args)),
-            advance=compiled.result(),
-            validate=judged,
-            identity=identity,
-            began=began,
-            compiling=time.perf_counter() - compiling,
+        loop, *judges = pool.map(lambda program: program.compile(), lowered)
+    return Run(
+        inputs=inputs,
+        placed=placed,
+        template=template,
+        init=jax.jit(start, out_shardings=places),
+        advance=loop,
+        validate=dict(zip(windows, judges, strict=True)),
+        keep_best=jax.jit(functools.partial(keep_best, plan), out_shardings=places),
+        identity=identity,
+        began=began,
+        compiling=time.perf_counter() - compiling,
+    )
+
+
+def _at(shape: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+
+def check_same(config: dict[str, Any]) -> None:
+    """Raises ValueError in every process if one has other settings, data or programs."""
+    differ = list(differences(text_of_first(config), config))
+    others = np.flatnonzero(of_all(bool(differ)))
+    if len(others):
+        what = "; ".join(differ) or "their messages say what differs"
+        raise ValueError(
+            f"processes: expected the settings, data and programs of process 0 in all, got others "
+            f"in process {', '.join(map(str, others))} (process 0 is 'there' and this one 'here': "
+            f"{what}); give all the same command and the same files"
         )
 
 
 def start(run: Run, init: Any, checkpoint: str | os.PathLike | None) -> None:
     """The first state, from a checkpoint, from the fit to go on with, or a new one."""
-    settings, found = run.settings, None
-    if checkpoint is not None:
-        run.checkpoints = Checkpoints(checkpoint, run.inputs.config | run.identity)
-        found = run.checkpoints.find()
+    settings, mesh = run.settings, run.inputs.plan.mesh
+    found = None if checkpoint is None else _restore(run, checkpoint)
     if found is not None:
-        assert run.checkpoints is not None
-        before = History.empty(found["num_seeds"], found["num_steps"], found["validate_every"])
-        state, saved = run.checkpoints.restore((run.template, before._asdict()))
-        history = History(**jax.tree.map(np.array, saved)).longer(settings)
+        state, history = found
     elif isinstance(init, Fit) and init.state is not None:
-        state = _state_of(init, run)
-        history = History.of(init).longer(settings)
+        state, history = _state_of(init, run), History.of(init).longer(settings)
     else:
-        state = run.init(run.keys, run.data, run.inputs.params)
+        state = None
         history = History.empty(settings.num_seeds, 0, 0).longer(settings)
-    run.history, run.state = history, jax.device_put(state, _replicated(run.inputs))
+    if state is None:
+        state = run.init(run.placed.keys, run.placed.first, run.inputs.params)
+    else:
+        places = _places(mesh, state)
+        state = put(state, None) if places is None else jax.tree.map(put, state, places)
+    run.history, run.state = history, state
+    run.placed.data.begin(*(int(x) for x in to_host((state.step, state.epoch, state.offset))))
+
+
+def _restore(run: Run, directory: str | os.PathLike) -> tuple[State, History] | None:
+    """The state and the traces of the newest checkpoint, or None. Process 0 reads it for all."""
+    found, problem, run.keeps_checkpoints = None, None, True
+    if is_first():
+        try:
+            run.checkpoints = Checkpoints(directory, run.inputs.config | run.identity)
+            found = run.checkpoints.find()
+        except CheckpointError as error:
+            problem = error
+    if problem is not None and jax.process_count() == 1:
+        raise problem
+    words = text_of_first(None if problem is None else str(problem))
+    if words is not None:
+        raise CheckpointError(words)
+    found = text_of_first(found)
+    if found is None:
+        return None
+    before = History.empty(found["num_seeds"], found["num_steps"], found["validate_every"])
+    blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.template)
+    saved = (blank, before._asdict())
+    if run.checkpoints is not None:
+        saved = run.checkpoints.restore(saved)
+    state, traces = of_first(saved)
+    return state, History(**jax.tree.map(np.array, traces)).longer(run.settings)
 
 
 def _state_of(init: Fit, run: Run) -> State:
@@ -159,7 +245,7 @@ def _state_of(init: Fit, run: Run) -> State:
             "one of other shapes; give the same optimiser and programs, or start anew with "
             "init=result.params_of(0)"
         )
-    own = run.init(run.keys, run.data, run.inputs.params)
+    own = to_host(run.init(run.placed.keys, run.placed.first, run.inputs.params))
     parts = {}
     for name in State._fields:
         leaves = jax.tree.leaves(getattr(init.state, name))
@@ -170,7 +256,7 @@ def _state_of(init: Fit, run: Run) -> State:
     state, settings = State(**parts), run.settings
     # A seed that has stopped goes on, unless this run's patience stops it too.
     patience = settings.patience or np.inf
-    state = state._replace(active=jnp.asarray(state.num_stale) < patience)
+    state = state._replace(active=np.asarray(state.num_stale) < patience)
     if (init.config["num_data"], init.config["batch_size"]) != (
         settings.num_data,
         settings.batch_size,
@@ -182,50 +268,110 @@ def _state_of(init: Fit, run: Run) -> State:
 def loop(run: Run, shown: Progress, checkpoint_every: float) -> None:
     """Advances, validates, saves and reports until the steps are done or all seeds have stopped."""
     settings, chunk, saved_at = run.settings, 8, time.perf_counter()
-    step, active = int(run.state.step), np.array(run.state.active)
+    step, active = int(run.state.step), to_host(run.state.active)
     try:
-        while step < settings.num_steps and active.any():
-            looked, start = time.perf_counter(), step
-            step = min(start + chunk, settings.num_steps)
-            if run.validate is not None:
-                every = settings.validate_every
-                step = min(step, every * (start // every + 1))
-            active, elbo = _chunk(run, start, step, active)
-            run.history.seconds[...] += time.perf_counter() - looked
-            rate = (step - start) / (time.perf_counter() - looked)
-            chunk = int(np.clip(rate * SECONDS_PER_CHUNK, 1, min(4 * chunk, MAX_CHUNK)))
-            shown.update(step, _fields(run, step, elbo))
-            ended = step == settings.num_steps or not active.any()
-            if run.checkpoints and (ended or time.perf_counter() - saved_at > checkpoint_every):
-                run.checkpoints.save(step, (run.state, run.history._asdict()))
-                saved_at = time.perf_counter()
+        with ctrl_c_for_all() as pressed:
+            while step < settings.num_steps and active.any():
+                looked, start = time.perf_counter(), step
+                data, end = _data_at(run, start, pressed)
+                step = min(start + chunk, end, settings.num_steps)
+                if settings.validate_every:
+                    step = min(
+                        step, settings.validate_every * (start // settings.validate_every + 1)
+                    )
+                step = int(of_first(step))
+                active, elbo = _chunk(run, data, start, step, active)
+                run.history.seconds[...] += time.perf_counter() - looked
+                rate = (step - start) / (time.perf_counter() - looked)
+                chunk = int(np.clip(rate * SECONDS_PER_CHUNK, 1, min(4 * chunk, MAX_CHUNK)))
+                shown.update(step, _fields(run, step, elbo))
+                ended = step == settings.num_steps or not active.any()
+                if of_first(ended or time.perf_counter() - saved_at > checkpoint_every):
+                    _save(run)
+                    saved_at = time.perf_counter()
     except KeyboardInterrupt as error:
-        if run.checkpoints:
-            run.checkpoints.save(int(run.state.step), (run.state, run.history._asdict()))
+        _save(run)
         raise Interrupted(_fit_of(run)) from error
+    except StreamError as error:
+        _save(run)
+        error.fit = _fit_of(run)
+        raise
 
 
-def _chunk(run: Run, start: int, stop: int, active: Any) -> tuple[np.ndarray, np.ndarray]:
+def _save(run: Run) -> None:
+    """Writes a checkpoint, if the run keeps some. Process 0 alone writes."""
+    if not run.keeps_checkpoints:
+        return
+    state = to_host(run.state)
+    if run.checkpoints is not None:
+        run.checkpoints.save(int(state.step), (state, run.history._asdict()))
+
+
+def _data_at(run: Run, step: int, pressed: list[Any]) -> tuple[Whole | Window, int]:
+    """The data of a step. What stops one process here stops all.
+
+    Raises:
+        StreamError: a process could not read its data.
+        KeyboardInterrupt: Ctrl-C was pressed in a process.
+    """
+    problem, found = None, None
+    try:
+        found = run.placed.data.at(step)
+    except StreamError as error:
+        problem = error
+    stops = of_all(2 if problem is not None else bool(pressed))
+    if problem is not None:
+        raise problem
+    if stops.max() == 2:
+        raise StreamError(
+            f"process {int(stops.argmax())}: expected its part of the data, but it could not read "
+            f"them; its message says why; all processes stop with it"
+        )
+    if stops.any():
+        raise KeyboardInterrupt
+    assert found is not None
+    return found
+
+
+def _chunk(
+    run: Run, data: Whole | Window, start: int, stop: int, active: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """Takes steps ``start`` to ``stop - 1``; returns which seeds go on, and the ELBO."""
     settings, history = run.settings, run.history
-    state, elbo, finite = run.advance(run.state, run.keys, run.data, np.int32(stop))
+    state, *found = run.advance(run.state, run.placed.keys, data, np.int32(stop))
+    elbo, finite = to_host(found)
     elbo = np.where(active[:, None], elbo, np.nan)[:, : stop - start]
     history.elbo[:, start:stop] = elbo
     history.num_steps[active] = stop
     taken = np.isfinite(elbo).cumprod(1).sum(1)  # steps before the first that failed
-    failed = active & ((taken < stop - start) | ~np.array(finite))
+    failed = active & ((taken < stop - start) | ~finite)
     if failed.any() and settings.on_nan == "stop":
-        _stop_before(run, start, taken, np.where(failed, taken, np.inf), active)
-    if run.validate is not None and stop % settings.validate_every == 0:
-        state, held_out = run.validate(state, run.keys, run.validation)
+        _stop_before(run, data, start, taken, np.where(failed, taken, np.inf), active)
+    if settings.validate_every and stop % settings.validate_every == 0:
+        held_out = _held_out(run, state)
         column = stop // settings.validate_every - 1
         history.validation_elbo[:, column] = np.where(active, held_out, np.nan)
-        active = np.array(state.active)
+        if settings.patience is not None:
+            state = run.keep_best(state, held_out)
+            active = to_host(state.active)
     run.state = state
     return active, elbo
 
 
-def _stop_before(run: Run, start: int, taken: Any, failed_at: Any, active: Any) -> None:
+def _held_out(run: Run, state: State) -> np.ndarray:
+    """The held-out ELBO of every seed, nats per datum."""
+    data = run.placed.held_out
+    assert data is not None
+    total = np.zeros(run.settings.num_seeds)
+    for batches, count, size in data.windows():
+        losses = run.validate[size](state, run.placed.keys, batches, np.int32(count))
+        total += size * to_host(losses).sum(1, dtype=np.float64)
+    return (-total / data.num_data).astype(np.float32)
+
+
+def _stop_before(
+    run: Run, data: Whole | Window, start: int, taken: Any, failed_at: Any, active: Any
+) -> None:
     """Raises with the state before the step that failed.
 
     The loop is deterministic: the chunk runs again, to just before that step. If the parameters
@@ -234,26 +380,29 @@ def _stop_before(run: Run, start: int, taken: Any, failed_at: Any, active: Any) 
     i = int(failed_at.argmin())
     at, before = start + int(taken[i]), run.state
     for at in (start + int(taken[i]), start + int(taken[i]) - 1):
-        run.state, _, finite = run.advance(before, run.keys, run.data, np.int32(at))
-        if finite[i]:
+        run.state, _, finite = run.advance(before, run.placed.keys, data, np.int32(at))
+        if to_host(finite)[i]:
             break
     run.history.elbo[:, at:] = np.nan
     run.history.num_steps[active] = at
     last_elbo = float(run.history.elbo[i, at - 1]) if at else np.nan
-    raise NonFiniteError(run.settings.seed + i, at + 1, last_elbo, _fault(run, i), _fit_of(run))
+    fault = _fault(run, data, i)
+    raise NonFiniteError(run.settings.seed + i, at + 1, last_elbo, fault, _fit_of(run))
 
 
-def _fault(run: Run, i: int) -> str:
+def _fault(run: Run, data: Whole | Window, i: int) -> str:
     """The first parameter, site or gradient of a seed's next step that is not finite."""
-    plan, names = run.inputs.plan, []
+    plan, names = replace(run.inputs.plan, mesh=None), []
 
     def look(state: State, key: Any, data: Any) -> Any:
         found = find_fault(plan, state, key, data)
         names.extend(name for name, _ in found)
         return [finite for _, finite in found]
 
-    one = by_seed(lambda x: x[i], run.state)
-    flags = jax.jit(look)(one, run.keys[i], run.data)
+    state, data = to_host((run.state, data))
+    one = by_seed(lambda x: x[i], state)
+    mine = on_axes(lambda x: x[i], data.seed_axes, data)
+    flags = jax.jit(look)(one, random.key(run.settings.seed + i), mine)
     bad = [name for name, finite in zip(names, flags, strict=True) if not finite]
     return bad[0] if bad else "the loss itself, of other draws than a single particle's"
 
@@ -275,11 +424,13 @@ def _fields(run: Run, step: int, elbo: np.ndarray) -> dict[str, str]:
 
 def _fit_of(run: Run) -> Fit:
     """The run as it stands."""
-    plan, history, step = run.inputs.plan, run.history, int(run.state.step)
+    plan, history, state = run.inputs.plan, run.history, to_host(run.state)
+    step = int(state.step)
     every = plan.settings.validate_every
     num_validations = step // every if every else 0
     history.elbo[:, step:] = np.nan
-    params, mutable = finish(plan, run.state)
+    state = jax.tree.map(jnp.asarray, state)
+    params, mutable = finish(plan, state)
     num_steps = np.minimum(history.num_steps, step)
     return Fit(
         model=plan.model,
@@ -289,7 +440,7 @@ def _fit_of(run: Run) -> Fit:
         mutable=mutable,
         elbo=history.elbo,
         validation_elbo=history.validation_elbo[:, :num_validations] if every else None,
-        state=run.state,
+        state=state,
         config=run.inputs.config,
         info=run.inputs.info
         | {
@@ -305,6 +456,7 @@ def _fit_of(run: Run) -> Fit:
             "num_skipped": (num_steps - np.isfinite(history.elbo).sum(1)).tolist(),
         },
         batch=run.inputs.batch,
+        mesh=plan.mesh,
     )
 
 
@@ -314,7 +466,8 @@ def result(run: Run) -> Fit:
     never = ~np.isfinite(fitted.elbo).any(1)
     if never.any():
         i = int(never.argmax())
-        raise NonFiniteError(settings.seed + i, 1, np.nan, _fault(run, i), fitted)
+        fault = _fault(run, run.placed.data.at(settings.num_steps - 1)[0], i)
+        raise NonFiniteError(settings.seed + i, 1, np.nan, fault, fitted)
     if any(fitted.info["num_skipped"]):
         skipped = dict(zip(fitted.seeds, fitted.info["num_skipped"], strict=True))
         warnings.warn(

@@ -1,8 +1,10 @@
 """The numbers of one run, checked when they are given."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -183,13 +185,33 @@ def check_length(traits: Traits, settings: Settings) -> None:
 
 
 def check_mesh(mesh: Mesh | None, settings: Settings) -> None:
-    """Raises ValueError for devices over which the batch cannot be split."""
+    """Raises ValueError for devices over which seeds or batches cannot be split."""
     if mesh is None:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"mesh: expected the devices of all {jax.process_count()} processes, got None; "
+                f'write mesh=jax.make_mesh((jax.device_count(),), ("data",))'
+            )
         return
-    if "data" not in mesh.axis_names:
-        raise ValueError(f'mesh: expected an axis named "data", got {mesh.axis_names}')
-    if settings.batch_size % mesh.shape["data"]:
+    if not mesh.axis_names or not set(mesh.axis_names) <= {"data", "seed"}:
         raise ValueError(
-            f"batch_size: expected a multiple of the {mesh.shape['data']} devices of the mesh's "
-            f'axis "data", got {settings.batch_size}'
+            f'mesh: expected the axes "data", "seed" or both, got {mesh.axis_names}; name them in '
+            f'jax.make_mesh((2, 4), ("seed", "data"))'
+        )
+    for axis, name, number in (
+        ("data", "batch_size", settings.batch_size),
+        ("seed", "num_seeds", settings.num_seeds),
+    ):
+        size = mesh.shape.get(axis, 1)
+        if number % size:
+            raise ValueError(
+                f"{name}: expected a multiple of {size}, the devices of the mesh's axis "
+                f'"{axis}", got {number}; give a multiple, or a mesh with '
+                f"{math.gcd(number, size)} devices on that axis"
+            )
+    with_devices = {device.process_index for device in mesh.devices.flat}
+    if len(with_devices) < jax.process_count():
+        raise ValueError(
+            f"mesh: expected devices of all {jax.process_count()} processes, got those of "
+            f"{sorted(with_devices)}; make it of jax.devices()"
         )

@@ -1,4 +1,4 @@
-"""The compiled parts of a run: ``init``, ``advance`` and ``validate``, pure functions of a state.
+"""The compiled parts of a run: ``init``, ``advance``, ``validate``, pure functions of a state.
 
 They are the same for every model. What does not change during a run is a ``Plan``.
 """
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax, random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -18,17 +19,16 @@ from numpyro.infer.elbo import ELBO
 from numpyro.infer.svi import SVIState
 
 from inference._checks import Programs
+from inference._feeds import MAX_CHUNK, Whole, Window
 from inference._missing import Preprocess, masking
 from inference._scaling import PerDatum
 from inference._settings import Settings
-from inference._shuffle import epoch_word, permute
 from inference.objectives import traits
 from inference.sites import Program, is_latent, length, spread_rows, trace_of
 
 Batch = Mapping[str, Array]
 
 MAX_FIRST = 1000  # the most data that parameters are made on
-MAX_CHUNK = 1024  # the most steps that the device takes between two looks of the host
 INIT, ORDER, NOISE, VALIDATION = range(4)  # what the keys folded from a seed's key are for
 
 
@@ -116,13 +116,10 @@ class Plan:
 # --- the state before the first step --------------------------------------------------------------
 
 
-def first_batch(plan: Plan, key: Array, data: Batch) -> Batch:
-    """Data that are spread evenly over all, prepared, to make parameters on. Programs of one length
-    get all data."""
-    if plan.programs.takes_batches:
-        rows = spread_rows(plan.settings.num_data, MAX_FIRST)
-        data = {name: array[rows] for name, array in data.items()}
-    return data if plan.prepare is None else plan.prepare(key, data)
+def first_rows(plan: Plan) -> np.ndarray:
+    """The data to make parameters on, spread evenly over all. Programs of one length get all."""
+    num_data = plan.settings.num_data
+    return spread_rows(num_data, MAX_FIRST if plan.programs.takes_batches else num_data)
 
 
 def constrain_of(
@@ -135,20 +132,21 @@ def constrain_of(
     return svi.constrain_fn
 
 
-def init(plan: Plan, keys: Array, data: Batch, params: Mapping[str, Any]) -> State:
+def init(plan: Plan, keys: Array, first: Batch, params: Mapping[str, Any]) -> State:
     """The state before the first step, every seed from its own key.
 
     Args:
         plan: the run's.
         keys: one a seed.
-        data: arrays of shape (N, ...).
+        first: the data of ``first_rows``.
         params: values of parameters and mutable sites by name, with a seed axis, in place of the
             programs' own.
     """
 
     def init_seed(key: Array, params: Mapping[str, Any]) -> SVIState:
         init_key, batch_key = random.split(random.fold_in(key, INIT))
-        batch, svi, given = first_batch(plan, batch_key, data), plan.svi(), dict(params)
+        batch = first if plan.prepare is None else plan.prepare(batch_key, first)
+        svi, given = plan.svi(), dict(params)
         if given and plan.programs.mutable:  # NumPyro takes a network's both or makes both
             given = (svi.init(init_key, **batch).mutable_state or {}) | given
         return svi.init(init_key, init_params=given or None, **batch)
@@ -175,7 +173,7 @@ def init(plan: Plan, keys: Array, data: Batch, params: Mapping[str, Any]) -> Sta
 
 
 def advance(
-    plan: Plan, state: State, keys: Array, data: Batch, stop: Array
+    plan: Plan, state: State, keys: Array, data: Whole | Window, stop: Array
 ) -> tuple[State, Float[Array, "seed chunk"], Bool[Array, " seed"]]:
     """Takes steps ``state.step`` to ``stop - 1``, at most MAX_CHUNK of them.
 
@@ -183,24 +181,31 @@ def advance(
         The state after them, the ELBO of each step's batch (nats per datum), and whether the
         parameters are finite.
     """
-    count = jnp.minimum(stop - state.step, MAX_CHUNK)
 
-    def run(state: State, key: Array) -> tuple[State, Float[Array, " chunk"]]:
+    def run(
+        state: State, key: Array, data: Whole | Window, stop: Array
+    ) -> tuple[State, Float[Array, " chunk"], Bool[Array, ""]]:
         def body(i: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
             state, elbo = carry
             state, loss = take_step(plan, state, key, data)
             return state, elbo.at[i].set(-loss)
 
-        return lax.fori_loop(0, count, body, (state, jnp.full(MAX_CHUNK, jnp.nan)))
+        count = jnp.minimum(stop - state.step, MAX_CHUNK)
+        empty = jnp.full(MAX_CHUNK, jnp.nan)
+        state, elbo = lax.fori_loop(0, count, body, (state, empty))
+        finite = [jnp.isfinite(p).all() for p in jax.tree.leaves(state.params)]
+        return state, elbo, jnp.array(finite).all()
 
-    state, trace = _over_seeds(run, len(keys))(state, keys)
-    finite = jax.vmap(
-        lambda params: jnp.array([jnp.isfinite(p).all() for p in jax.tree.leaves(params)])
-    )(state.params)
-    return state, trace, finite.all(1)
+    inputs = (SEED_AXES, 0, data.seed_axes, None)
+    return over_seeds(plan.mesh, run, inputs, (SEED_AXES, 0, 0))(state, keys, data, stop)
 
 
-def take_step(plan: Plan, state: State, key: Array, data: Batch) -> tuple[State, Array]:
+def order_word(key: Array) -> Array:
+    """32 bits that name the order in which the seed of a key visits the data."""
+    return random.bits(random.fold_in(key, ORDER), dtype=jnp.uint32)
+
+
+def take_step(plan: Plan, state: State, key: Array, data: Whole | Window) -> tuple[State, Array]:
     """One step of one seed: shuffle, gather, preprocess, update. Its loss is per datum."""
     settings = plan.settings
     key, batch = step_batch(plan, state, key, data)
@@ -228,14 +233,10 @@ def take_step(plan: Plan, state: State, key: Array, data: Batch) -> tuple[State,
     return state, loss
 
 
-def step_batch(plan: Plan, state: State, key: Array, data: Batch) -> tuple[Array, Batch]:
+def step_batch(plan: Plan, state: State, key: Array, data: Whole | Window) -> tuple[Array, Batch]:
     """The batch of a step, prepared, and the key of its update."""
-    word = random.bits(random.fold_in(key, ORDER), dtype=jnp.uint32)
-    index = batch_index(plan.settings, state.epoch, state.offset, word)
-    batch = data if index is None else {k: v[index] for k, v in data.items()}
-    if plan.mesh is not None:
-        sharding = NamedSharding(plan.mesh, PartitionSpec("data"))
-        batch = lax.with_sharding_constraint(batch, sharding)
+    batch = data.batch(plan.settings, state, order_word(key))
+    batch = split_batch(plan.mesh, batch)
     key = random.fold_in(random.fold_in(key, NOISE), state.step)
     batch_key = key
     if plan.preprocess is not None:
@@ -246,54 +247,74 @@ def step_batch(plan: Plan, state: State, key: Array, data: Batch) -> tuple[Array
     return key, batch
 
 
-def batch_index(settings: Settings, epoch: Array, offset: Array, word: Array) -> Array | None:
-    """Which data the next batch holds: the ``batch_size`` that follow in this epoch's order. Where
-    the epoch ends within the batch, the first of the next epoch's fill it up."""
-    size, num_data = settings.batch_size, settings.num_data
-    if settings.is_whole:
-        return None
-    position = offset + jnp.arange(size, dtype=jnp.int32)
-    this = epoch_word(word, epoch)
-    if num_data % size == 0:
-        return permute(position, num_data, this)
+def over_seeds(mesh: Mesh | None, run: Callable[..., Any], inputs: Any, outputs: Any) -> Any:
+    """``run`` on every seed. The devices of a mesh's axis "seed" share the seeds between them.
 
-    def across() -> Array:
-        rest = jnp.maximum(position - num_data, 0)
-        following = permute(rest, num_data, epoch_word(word, epoch + 1))
-        return jnp.where(position < num_data, within(), following)
+    One seed of a device needs no ``vmap``, and only without it does XLA update the parameters in
+    place.
 
-    def within() -> Array:
-        return permute(jnp.minimum(position, num_data - 1), num_data, this)
+    Args:
+        mesh: devices, or None.
+        run: a function of one seed.
+        inputs, outputs: of each argument and result, 0 if it has a seed axis and None if not.
+    """
 
-    return lax.cond(offset + size > num_data, across, within)
+    def here(*args: Any) -> Any:
+        pairs = zip(args, inputs, strict=True)
+        if len(next(jax.tree.leaves(x)[0] for x, axis in pairs if axis == 0)) > 1:
+            return jax.vmap(run, inputs, outputs)(*args)
+        return on_axes(lambda x: x[None], outputs, run(*on_axes(lambda x: x[0], inputs, args)))
+
+    if mesh is None or "seed" not in mesh.axis_names:
+        return here
+    specs = (
+        jax.tree.map(
+            lambda axis: PartitionSpec() if axis is None else PartitionSpec("seed"),
+            axes,
+            is_leaf=lambda axis: axis is None,
+        )
+        for axes in (inputs, outputs)
+    )
+    named = dict(zip(("in_specs", "out_specs"), specs, strict=True))
+    return jax.shard_map(here, mesh=mesh, axis_names={"seed"}, check_vma=False, **named)
 
 
-def _over_seeds(run: Callable[..., Any], num_seeds: int) -> Callable[..., Any]:
-    """``vmap`` over the seed axis of a state and the keys. One seed needs none, and only
-    without it does XLA update the parameters in place."""
-    if num_seeds > 1:
-        return jax.vmap(run, in_axes=(SEED_AXES, 0), out_axes=(SEED_AXES, 0))
-
-    def alone(state: State, keys: Array) -> tuple[State, Array]:
-        state, trace = run(by_seed(lambda x: x[0], state), keys[0])
-        return by_seed(lambda x: x[None], state), trace[None]
-
-    return alone
+def split_batch(mesh: Mesh | None, batch: Batch) -> Batch:
+    """The batch, of which each device of the mesh's axis "data" has a part, where that goes up."""
+    if mesh is None or "data" not in mesh.axis_names or length(batch) % mesh.shape["data"]:
+        return batch
+    spec = PartitionSpec("data")
+    inside = "seed" in mesh.axis_names  # of ``shard_map``, which knows the mesh
+    return lax.with_sharding_constraint(batch, spec if inside else NamedSharding(mesh, spec))
 
 
 # --- held-out data, the end -----------------------------------------------------------------------
 
 
 def validate(
-    plan: Plan, state: State, keys: Array, data: Batch
-) -> tuple[State, Float[Array, " seed"]]:
-    """The held-out ELBO of the parameters that would be returned now, nats per datum.
+    plan: Plan,
+    num_data: int,
+    num_keys: int,
+    state: State,
+    keys: Array,
+    batches: Window,
+    count: Array,
+) -> Float[Array, "seed batch"]:
+    """The held-out loss of some batches, nats per datum, for the parameters to return now.
 
-    With global sites it is E_q [log p(x | theta)] with the local terms: the divergence of the
-    globals enters no held-out number. With ``patience`` the best parameters are kept, and the seeds
-    that have run out of it stop.
+    With global sites it is -E_q [log p(x | theta)] with the local terms: the divergence of the
+    globals enters no held-out number.
+
+    Args:
+        plan: the run's.
+        num_data: held-out data in all.
+        num_keys: batches in all, with one to spare.
+        state: the run's.
+        keys: one a seed.
+        batches: arrays of shape (batch, datum, ...), and the number of the first batch.
+        count: how many of them to take. The others get 0.
     """
-    num_data, known, settings = length(data), plan.programs, plan.settings
+    known = plan.programs
     objective = PerDatum(
         plan.validation_objective,
         num_data,
@@ -301,36 +322,35 @@ def validate(
         known.has_globals,
         drop_globals=known.has_globals,
     )
-    size = min(settings.batch_size, num_data)
-    num_full = num_data // size * size
 
-    def elbo(params: PyTree, mutable: PyTree, key: Array) -> Array:
+    def run(params: PyTree, mutable: PyTree, key: Array, batches: Window, count: Array) -> Any:
         params = plan.constrain(params) | (mutable or {})
-        key = random.fold_in(key, VALIDATION)
+        keys = random.split(random.fold_in(key, VALIDATION), num_keys)
 
-        def loss(key: Array, batch: Batch) -> Array:
-            return jnp.asarray(objective.loss(key, params, plan.model, plan.guide, **batch))
+        def body(i: Array, losses: Array) -> Array:
+            batch = split_batch(plan.mesh, {name: a[i] for name, a in batches.arrays.items()})
+            key = keys[batches.first + i]
+            loss = objective.loss(key, params, plan.model, plan.guide, **batch)
+            return losses.at[i].set(jnp.asarray(loss))
 
-        split = {k: v[:num_full].reshape(-1, size, *v.shape[1:]) for k, v in data.items()}
-        keys = random.split(key, num_full // size + 1)
-        total = size * lax.map(lambda x: loss(*x), (keys[:-1], split)).sum()
-        if num_full < num_data:
-            rest = {k: v[num_full:] for k, v in data.items()}
-            total += length(rest) * loss(keys[-1], rest)
-        return -total / num_data
+        return lax.fori_loop(0, count, body, jnp.zeros(len(next(iter(batches.arrays.values())))))
 
-    params = current(settings, state)
-    elbos = jax.vmap(elbo)(params, state.mutable, keys)
-    if settings.patience is None:
-        return state, elbos
+    judge = over_seeds(plan.mesh, run, (0, 0, 0, None, None), 0)
+    return judge(current(plan.settings, state), state.mutable, keys, batches, count)
+
+
+def keep_best(plan: Plan, state: State, elbos: Float[Array, " seed"]) -> State:
+    """Keeps the best parameters. The seeds that have run out of ``patience`` stop."""
+    assert plan.settings.patience is not None
+    params = current(plan.settings, state)
     better = (elbos > state.best_elbo) & state.active
     num_stale = jnp.where(better, 0, state.num_stale + 1)
     return state._replace(
-        active=state.active & (num_stale < settings.patience),
+        active=state.active & (num_stale < plan.settings.patience),
         best=jax.vmap(where)(better, (params, state.mutable), state.best),
         best_elbo=jnp.where(better, elbos, state.best_elbo),
         num_stale=num_stale,
-    ), elbos
+    )
 
 
 def current(settings: Settings, state: State) -> PyTree:
@@ -352,7 +372,9 @@ def finish(plan: Plan, state: State) -> tuple[dict[str, Any], dict[str, Any]]:
 # --- a step that failed ---------------------------------------------------------------------------
 
 
-def find_fault(plan: Plan, state: State, key: Array, data: Batch) -> list[tuple[str, Array]]:
+def find_fault(
+    plan: Plan, state: State, key: Array, data: Whole | Window
+) -> list[tuple[str, Array]]:
     """What may not be finite in the next step of one seed, in the order of its computation.
 
     Returns:
@@ -393,10 +415,19 @@ def find_fault(plan: Plan, state: State, key: Array, data: Batch) -> list[tuple[
 # --- trees ----------------------------------------------------------------------------------------
 
 
-def by_seed(change: Callable[[Any], Any], state: State) -> State:
+def on_axes(change: Callable[[Any], Any], axes: Any, tree: Any) -> Any:
     """``change`` on the arrays that have a seed axis."""
-    fields = zip(state, SEED_AXES, strict=True)
-    return State(*(x if axis is None else jax.tree.map(change, x) for x, axis in fields))
+    return jax.tree.map(
+        lambda axis, part: part if axis is None else jax.tree.map(change, part),
+        axes,
+        tree,
+        is_leaf=lambda axis: axis is None,
+    )
+
+
+def by_seed(change: Callable[[Any], Any], state: State) -> State:
+    """``change`` on the arrays of a state that have a seed axis."""
+    return on_axes(change, SEED_AXES, state)
 
 
 def where(condition: Array, new: PyTree, old: PyTree) -> PyTree:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from inference._data import Prepared, as_arrays
+from inference._streams import only
 from inference.datatree import to_datatree
 from inference.evaluation import (
     ElboTerms,
@@ -92,7 +93,7 @@ def _judge(fit: Fit, data: Any) -> tuple[ElboTerms | Estimate, Estimate]:
     """The ELBO and the log density of the arrays that the fit takes."""
     arrays = as_arrays(data)
     if fit.batch.keys() <= arrays.keys():
-        arrays = {name: arrays[name] for name in fit.batch}
+        arrays = only(arrays, list(fit.batch))
     if isinstance(data, Prepared):
         arrays = Prepared(arrays, data.source)
     # elbo_terms has less noise. It is not defined if the objective sums over a latent site.

@@ -16,6 +16,7 @@ from numpyro.infer.elbo import ELBO
 
 from inference._inputs import check
 from inference._missing import Preprocess
+from inference._processes import is_first, to_host
 from inference._progress import progress as progress_bar
 from inference._run import compile_steps, loop, place, result, start
 from inference._settings import check_keywords
@@ -127,6 +128,7 @@ def fit(
     placed = place(inputs)
     run = compile_steps(inputs, placed, began)
     start(run, init, checkpoint)
-    with progress_bar(run.settings.num_steps, "step", int(run.state.step), progress) as shown:
+    step, show = int(to_host(run.state.step)), progress and is_first()
+    with progress_bar(run.settings.num_steps, "step", step, show) as shown:
         loop(run, shown, checkpoint_every)
     return result(run)

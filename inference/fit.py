@@ -4,7 +4,7 @@ All that comes after training is a function of a ``Fit``: judging, generating, c
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from inference._checks import ProgramError, Programs, look
-from inference._data import Arrays, Prepared, as_arrays, check_arrays
+from inference._data import Arrays, Prepared, as_arrays, check_arrays, is_prepared
 from inference._describe import describe_arrays, describe_device, describe_value, versions
 from inference._missing import Preprocess, masked_arrays, masking
 from inference._saving import SAVED, compare_shapes, read, shapes_of, write
 from inference._steps import State, by_seed
+from inference._streams import PreparedStream, prepare_blocks
 from inference.sites import ChecksData, Program, abstract
 
 PREPARE_SEED = 20_150_901  # data are prepared once with it: the same for every fit
@@ -48,6 +50,8 @@ class Fit:
             run of the whole training), validation_steps, converted types, and per seed num_steps
             and num_skipped.
         batch: the abstract values of a prepared batch.
+        mesh: the devices of the training, over which judges split their batches, or None. It is
+            not saved.
     """
 
     model: Program
@@ -61,6 +65,7 @@ class Fit:
     config: dict[str, Any]
     info: dict[str, Any]
     batch: dict[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
+    mesh: Mesh | None = None
 
     # --- seeds
 
@@ -152,10 +157,10 @@ class Fit:
 
     # --- data
 
-    def prepare(self, data: Any) -> Prepared:
+    def prepare(self, data: Any) -> Prepared | PreparedStream:
         """The data as the programs take them: the fit's ``preprocess``, once, with a fixed key.
 
-        A fit with ``missing="mask"`` makes the masks too.
+        A fit with ``missing="mask"`` makes the masks too. A stream is prepared as it is read.
 
         Args:
             data: as ``fit`` takes them. Prepared data are returned as they are.
@@ -163,7 +168,7 @@ class Fit:
         Raises:
             ValueError: data that the model refuses; a fit that was loaded without its preprocess.
         """
-        if isinstance(data, Prepared):
+        if is_prepared(data):
             return data
         known = self.config.get("preprocess")
         if self.preprocess is None and known is not None:
@@ -230,7 +235,7 @@ class Fit:
         """
         prepared = (
             example
-            if isinstance(example, Prepared)
+            if is_prepared(example)
             else prepare(model, preprocess, example, "example", missing=missing)
         )
         num_data = check_arrays(prepared, "example")
@@ -320,22 +325,19 @@ def prepare(
     name: str = "data",
     *,
     missing: str | None = None,
-) -> Prepared:
+) -> Prepared | PreparedStream:
     """The data, checked, as the programs take them."""
     arrays = as_arrays(data, name)
-    check_arrays(arrays, name, may_miss=masked_arrays(model, missing))
-    check_with(model, arrays)
+    check_arrays(arrays, name, may_miss=masked_arrays(model, missing), look=look_of(model))
     source = describe_arrays(arrays, contents=True)
     prepared = masking(model, preprocess, missing)
-    if prepared is not None:
-        arrays = jax.jit(prepared)(random.key(PREPARE_SEED), dict(arrays))
-    return Prepared(arrays, source)
+    found = prepare_blocks(prepared, random.key(PREPARE_SEED), arrays, source)
+    return found if isinstance(found, PreparedStream) else Prepared(found, source)
 
 
-def check_with(model: Program, arrays: Arrays) -> None:
-    """Lets a model look at data as the user gives them, if it does so."""
-    if isinstance(model, ChecksData):
-        model.check_data(**arrays)
+def look_of(model: Program) -> Callable[..., None] | None:
+    """How a model looks at data as the user gives them, if it does so."""
+    return model.check_data if isinstance(model, ChecksData) else None
 
 
 # --- what is known of a fit's programs ------------------------------------------------------------

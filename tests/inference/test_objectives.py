@@ -43,9 +43,10 @@ from inference import (
     fit,
 )
 from inference._describe import describe_value
+from inference._feeds import Whole, Window
 from inference._inputs import check
 from inference._scaling import PerDatum
-from inference._steps import by_seed, init, take_step, validate
+from inference._steps import by_seed, first_rows, init, take_step, validate
 from inference.objectives import Traits, check_objective, traits
 from inference.sites import DataPlates, trace_of
 
@@ -757,13 +758,17 @@ def test_fit_warms_up_and_its_numbers_are_elbos():
 
     @jax.jit
     def steps():
-        start = init(warm, KEY[None], data, {})
-        numbers = [validate(plan, start, KEY[None], held_out)[1] for plan in (warm, plain)]
+        start = init(warm, KEY[None], {"x": data["x"][first_rows(warm)]}, {})
+        batches, size = Window(0, {"x": held_out["x"][None]}), len(X)
+        numbers = [
+            validate(plan, size, 2, start, KEY[None], batches, jnp.array(1))
+            for plan in (warm, plain)
+        ]
         start = by_seed(lambda x: x[0], start)
         (first, loss), (_, plain_loss) = (
-            take_step(plan, start, KEY, data) for plan in (warm, plain)
+            take_step(plan, start, KEY, Whole(data)) for plan in (warm, plain)
         )
-        seconds = (take_step(plan, first, KEY, data)[0] for plan in (warm, plain))
+        seconds = (take_step(plan, first, KEY, Whole(data))[0] for plan in (warm, plain))
         return first.params, [state.params for state in seconds], (loss, plain_loss), numbers
 
     first, (second, expected), losses, held_out_elbos = jax.device_get(steps())

@@ -13,10 +13,21 @@ import pytest
 from jax import lax, random
 
 from inference import Prepared
+from inference._feeds import Whole, Window
+from inference._feeds import batch_index as index_of_batch
 from inference._inputs import check
 from inference._settings import Settings
-from inference._steps import ORDER, Plan, by_seed, current, finish, take_step, validate
-from inference._steps import batch_index as index_of_batch
+from inference._steps import (
+    ORDER,
+    Plan,
+    by_seed,
+    current,
+    finish,
+    first_rows,
+    keep_best,
+    take_step,
+    validate,
+)
 from inference._steps import init as init_state
 
 SETTINGS = Settings(
@@ -122,13 +133,13 @@ KEY = random.key(3)
 
 def first_state(plan, **values):
     """The state of one seed before the first step, without the seed axis."""
-    state = jax.jit(partial(init_state, plan))(KEY[None], {"x": X}, {})
+    state = jax.jit(partial(init_state, plan))(KEY[None], {"x": X[first_rows(plan)]}, {})
     return by_seed(lambda x: x[0], state)._replace(**values)
 
 
 def steps(plan, state, num_steps, data=X):
     """The states after each step, and its loss."""
-    step = jax.jit(lambda state, data: take_step(plan, state, KEY, {"x": data}))
+    step = jax.jit(lambda state, data: take_step(plan, state, KEY, Whole({"x": data})))
     states, losses = [], []
     for _ in range(num_steps):
         state, loss = step(state, data)
@@ -198,14 +209,16 @@ def test_the_end_returns_constrained_parameters():
 
 def test_with_patience_the_best_parameters_are_kept_and_a_seed_stops():
     plan = plan_of(validate_every=1, patience=2)
-    judge = jax.jit(partial(validate, plan))
+    judge, best = jax.jit(partial(validate, plan, 6, 2)), jax.jit(partial(keep_best, plan))
+    batches = Window(np.int32(0), {name: array[None] for name, array in HELD_OUT.items()})
     state = by_seed(lambda x: x[None], first_state(plan))
     seen = []
     for loc in (0.3, 0.5, 0.8, 0.9):
         params = state.params | {"loc": jnp.array([loc], jnp.float32)}
         count, (_, rest) = state.optimizer
         state = state._replace(optimizer=(count, (params, rest)))
-        state, elbo = judge(state, KEY[None], HELD_OUT)
+        elbo = -judge(state, KEY[None], batches, 1)[:, 0]
+        state = best(state, elbo)
         seen.append((float(elbo[0]), float(state.best[0]["loc"][0]), bool(state.active[0])))
     exact = [-0.5 * (loc - 0.5) ** 2 - 0.5 * np.log(2 * np.pi) for loc in (0.3, 0.5, 0.8, 0.9)]
     np.testing.assert_allclose([elbo for elbo, _, _ in seen], exact, rtol=1e-5)
