@@ -4,6 +4,7 @@ from inference._checkpoints import CheckpointError
 from inference._checks import ProgramError
 from inference._data import Prepared
 from inference._saving import FitError
+from inference._streams import StreamError
 from inference.comparison import compare
 from inference.datatree import to_datatree
 from inference.engine import fit
@@ -64,6 +65,7 @@ __all__ = [
     "Prepared",
     "ProgramError",
     "StickingTheLanding",
+    "StreamError",
     "Traits",
     "antithetic",
     "compare",

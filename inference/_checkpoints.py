@@ -66,8 +66,15 @@ class Checkpoints:
 
     @cached_property
     def _manager(self) -> Any:
+        alone = self._orbax.options.MultiprocessingOptions(  # process 0 reads and writes for all
+            primary_host=0, active_processes={0}, barrier_sync_key_prefix="guidebook"
+        )
         options = self._orbax.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=2,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=alone,
         )
         return self._orbax.CheckpointManager(
             self._directory, options=options, item_names=("state", "identity")

@@ -322,8 +322,11 @@ def abstract_of(tree: PyTree) -> PyTree:
 
 def ahead[T](items: Iterator[T]) -> Iterator[T]:
     """The items. While one is used, a thread makes the next."""
-    with ThreadPoolExecutor(1, thread_name_prefix="stream") as pool:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
+    try:
         coming = pool.submit(next, items, None)
         while (item := coming.result()) is not None:
             coming = pool.submit(next, items, None)
             yield item
+    finally:  # without waiting: the thread itself may collect this generator
+        pool.shutdown(wait=False, cancel_futures=True)

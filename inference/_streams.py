@@ -33,7 +33,7 @@ class StreamError(RuntimeError):
     fit: Any = None
 
 
-class Stream(Mapping[str, "Column"]):
+class Stream(Mapping[str, Any]):
     """Data that are read row by row.
 
     Args:

@@ -58,7 +58,10 @@ def fit(
             its own lies in a plate whose size follows the length of the batch.
         guide: likewise, with the model's latent sites.
         data: arrays whose leading axis is the datum: a mapping of arrays or lists, a DataFrame or
-            a Dataset. They stay on the device in their own type.
+            a Dataset. They stay on the device in their own type. Where one array is a
+            ``numpy.memmap`` the data are streamed: the device gets a window of batches at a time,
+            and memory does not grow with the data. So is a source: ``len(source)`` data, of which
+            ``source[i]`` is a mapping of arrays without the leading axis. The bits are the same.
         objective: a NumPyro ELBO object. ``Trace_ELBO()`` by default. The run minimises its loss
             per datum (``inference.objectives``).
         optimizer: an Optax transformation. ``optax.adam(1e-3)`` by default.
@@ -92,13 +95,15 @@ def fit(
         checkpoint: a directory. The run is saved there at intervals and at its end. The same call
             finds it there and goes on, to the same bits.
         checkpoint_every: seconds from one checkpoint to the next.
-        mesh: devices. Every batch is split over the axis "data"; parameters are replicated.
+        mesh: devices. The axis "data" splits every batch, and the axis "seed" the restarts. It has
+            one of the two or both, and devices of every process.
         progress: whether to show progress: a bar on a screen, a line a minute in a log file.
 
     Raises:
         ValueError, TypeError: settings, data or programs that do not fit, by name.
         NonFiniteError: a loss or gradient was not finite, and ``on_nan`` is "stop".
         Interrupted: Ctrl-C. It holds the run until then.
+        StreamError: a datum of a stream cannot be read. It holds the run until then.
         CheckpointError: the directory holds something else, or another run.
     """
     began = time.perf_counter()
