@@ -25,6 +25,7 @@ RNG = np.random.default_rng(0)
 C = RNG.normal(size=120).astype(np.float32)
 DATA = {"c": C, "x": (1 + C + RNG.normal(size=120) * 2**0.5).astype(np.float32)}
 HELD_OUT = {name: array[:30] for name, array in DATA.items()}
+SOURCE = [dict(zip(DATA, row, strict=True)) for row in zip(*DATA.values(), strict=True)]
 
 
 def model(c, x=None):
@@ -76,13 +77,15 @@ import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:3])
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
-tests.run(checkpoint=sys.argv[3], checkpoint_every=0.0, **tests.LONG)
+data = getattr(tests, sys.argv[4])
+tests.run(data, checkpoint=sys.argv[3], checkpoint_every=0.0, **tests.LONG)
 """
 
 
-def test_killed_and_resumed_in_another_process_equals_uninterrupted(long_run, tmp_path):
+@pytest.mark.parametrize("data", ["DATA", pytest.param("SOURCE", marks=pytest.mark.slow)])
+def test_killed_and_resumed_in_another_process_equals_uninterrupted(data, long_run, tmp_path):
     directory = tmp_path / "checkpoints"
-    command = [sys.executable, "-c", SCRIPT, __name__, __file__, str(directory)]
+    command = [sys.executable, "-c", SCRIPT, __name__, __file__, str(directory), data]
     # Strings hash differently in every process, and some sums follow the order of sets.
     process = subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": "1"})
     while not list(directory.glob("[0-9]*[0-9]")):  # none is whole yet
@@ -92,7 +95,7 @@ def test_killed_and_resumed_in_another_process_equals_uninterrupted(long_run, tm
     process.wait()
     saved = max(int(p) for p in os.listdir(directory) if p.isdecimal())
     assert 0 < saved < LONG["num_steps"]
-    assert_same_bits(run(checkpoint=directory, **LONG), long_run)
+    assert_same_bits(run(globals()[data], checkpoint=directory, **LONG), long_run)
 
 
 @pytest.fixture

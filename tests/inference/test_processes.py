@@ -105,7 +105,9 @@ def started(settings):
 def told(running):
     """What each process prints, its errors and its status."""
     found = [process.communicate(timeout=240) for process in running]
-    return [(out, err, process.returncode) for (out, err), process in zip(found, running, strict=True)]
+    return [
+        (out, err, process.returncode) for (out, err), process in zip(found, running, strict=True)
+    ]
 
 
 def numbers(running):
