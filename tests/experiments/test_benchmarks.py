@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from numpyro.infer import Trace_ELBO
 
-from experiments.benchmarks import numpyro_examples, speed
+from experiments.benchmarks import numpyro_examples, scaling, speed
 from models import gaussian_mean
 
 
@@ -119,3 +119,55 @@ def model(data):
     assert table["funnel.py"][-1].startswith("ValueError: data: expected at least one array")
     assert "newer than the script" in table["new.py"][-1]
     assert "no such example" in table["vae.py"][-1]
+
+
+# --- several devices ------------------------------------------------------------------------------
+
+KNOWN = scaling.Constants(
+    fixed=1e-3,
+    datum=1e-5,
+    cores=2,
+    latency={(2, 1): 1e-4, (8, 1): 2e-4, (2, 2): 1e-3},
+    speed={(2, 1): 1e9, (8, 1): 1e9, (2, 2): 1e9},
+    collectives=3,
+    gradient=2_000_000,
+)
+
+
+@pytest.mark.parametrize(
+    ("setting", "milliseconds"),
+    [
+        (scaling.Setting(1, 100, "data", 1), 1 + 1),
+        (scaling.Setting(1, 100, "data", 2), 1 + 1 + 3 * 0.1 + 2),
+        (scaling.Setting(1, 100, "data", 8), 4 + 1 + 3 * 0.2 + 2),
+        (scaling.Setting(8, 100, "seed", 8), 8 * (1 + 1)),
+        (scaling.Setting(1, 100, "data", 2, 2), 1 + 1 + 3 * 1 + 2),
+    ],
+)
+def test_the_cost_model_is_the_formula_of_its_page(setting, milliseconds):
+    assert KNOWN.step(setting) == pytest.approx(1e-3 * milliseconds)
+
+
+def test_a_split_pays_from_the_batch_at_which_it_is_faster():
+    box, size = scaling.Box(), 500_000
+    batch = box.pays_from(size)
+    assert box.step(batch, size, devices=8) < box.step(batch, size)
+    assert box.step(batch // 2, size, devices=8) >= box.step(batch / 2, size)
+
+
+def test_the_page_says_what_is_measured_and_what_is_not():
+    compared = [scaling.Compared(scaling.Setting(1, 64, "data", 2), 2e-3, 1e-3)]
+    text = scaling.page(KNOWN, [*compared, compared[0]._replace(setting=compared[0].setting)])
+    assert "| 1 x 64, 2 devices split the batch | 2.00 " in text
+    assert "**Nothing here is measured.**" in text
+    axes = scaling.figure(compared).axes[0]
+    assert axes.get_xlabel() == "measured step (ms)"
+
+
+@pytest.mark.slow
+def test_a_reduction_is_timed_and_collectives_are_counted(monkeypatch):
+    monkeypatch.setattr(scaling, "NUM_DATA", 64)
+    setting = scaling.Setting(1, 16, "data", 2)
+    assert scaling.collectives(setting) > 0
+    assert scaling.collectives(setting._replace(seeds=2, axis="seed")) == 0
+    assert 0 < scaling.reduce_seconds(setting, 4096, 1) < 10
