@@ -152,7 +152,7 @@ def test_a_split_pays_from_the_batch_at_which_it_is_faster():
     box, size = scaling.Box(), 500_000
     batch = box.pays_from(size)
     assert box.step(batch, size, devices=8) < box.step(batch, size)
-    assert box.step(batch // 2, size, devices=8) >= box.step(batch / 2, size)
+    assert box.step(batch // 2, size, devices=8) >= box.step(batch // 2, size)
 
 
 def test_the_page_says_what_is_measured_and_what_is_not():
