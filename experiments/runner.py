@@ -17,6 +17,7 @@ import optax
 from experiments import runs
 from experiments.compiled import keep_compiled
 from experiments.experiment import Experiment, Fits
+from experiments.precision import full_precision
 from experiments.settings import to_json
 from inference import Estimate, Fit, Held, Prepared, fit
 from inference.fit import programs_of
@@ -44,6 +45,7 @@ def run(experiment: Experiment, config: Any) -> dict[str, Any]:
     """
     began = time.perf_counter()
     keep_compiled()
+    full_precision()
     data = experiment.data(config)
     experiment.programs(config, data.record, experiment.names(config)[0], {})  # may refuse
     with runs.claim(experiment, config, data) as path:

@@ -33,6 +33,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 if "JAX_NUM_CPU_DEVICES" not in os.environ:
     jax.config.update("jax_num_cpu_devices", 8)
 
+# As in the scripts, products of float32 arrays are in float32 on every device.
+if jax.config.jax_default_matmul_precision is None:
+    jax.config.update("jax_default_matmul_precision", "highest")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Settings that the processes which tests start inherit."""
