@@ -14,13 +14,15 @@ reuse exp(-|x|), and the pixels' noise is a hash.
 
 import contextlib
 import io
+import itertools
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +60,7 @@ class Config:
 
 
 Timing = tuple[float, float]  # seconds to compile, seconds of the steady loop
+Contestants = dict[str, tuple[Callable[[], Timing], int]]  # by name, with the number of steps
 
 
 def by_hand(
@@ -68,41 +71,43 @@ def by_hand(
     num_steps: int,
     prepare: Callable[[Any, Any], Any] = lambda key, batch: batch,
     learning_rate: float = 1e-3,
-    sort: bool = False,
+    order: str = "hash",
     num_seeds: int = 1,
 ) -> Callable[[], Timing]:
     """A contestant: one scan in plain JAX. ``loss(params, key, **batch)`` is per datum.
 
-    With ``sort`` the order of each epoch comes from ``jax.random.permutation``. Several seeds
-    are one scan over a vmapped step.
+    The order of each epoch comes from the function that ``fit`` uses ("hash"), from
+    ``jax.random.permutation`` ("sort"), or is that of the data ("none"). Several seeds are one scan
+    over a vmapped step.
     """
     optimizer = optax.adam(learning_rate)
     num_data = len(next(iter(data.values())))
     data = jax.device_put(data)
 
     def step(carry, t):
-        params, state, key, order = carry
+        params, state, key, rows = carry
         key, batch_key, draw_key = random.split(key, 3)
         start = t * batch_size % num_data
-        if sort:
-            order = lax.cond(
+        if order == "sort":
+            rows = lax.cond(
                 start < batch_size,
                 lambda: random.permutation(batch_key, num_data),
-                lambda: order,
+                lambda: rows,
             )
-            index = lax.dynamic_slice_in_dim(order, start, batch_size)
+            index = lax.dynamic_slice_in_dim(rows, start, batch_size)
         else:
-            word = epoch_word(order, t * batch_size // num_data)
-            index = permute((start + jnp.arange(batch_size)) % num_data, num_data, word)
+            index = (start + jnp.arange(batch_size)) % num_data
+            if order == "hash":
+                index = permute(index, num_data, epoch_word(rows, t * batch_size // num_data))
         batch = prepare(batch_key, {name: array[index] for name, array in data.items()})
         value, gradient = jax.value_and_grad(loss)(params, draw_key, **batch)
         updates, state = optimizer.update(gradient, state)
-        return (optax.apply_updates(params, updates), state, key, order), value
+        return (optax.apply_updates(params, updates), state, key, rows), value
 
     def start(seed):
         params = init(random.key(seed))
-        order = jnp.arange(num_data) if sort else seed.astype(jnp.uint32)
-        return params, optimizer.init(params), random.key(seed), order
+        rows = jnp.arange(num_data) if order == "sort" else seed.astype(jnp.uint32)
+        return params, optimizer.init(params), random.key(seed), rows
 
     if num_seeds == 1:
         carry = start(jnp.int32(0))
@@ -196,7 +201,7 @@ def toy_loss_by_site(params, key, c, x):
     return -(log_p_z + log_p_x - log_q) / len(x)
 
 
-def toy(config: Config) -> dict[str, tuple[Callable[[], Timing], int]]:
+def toy(config: Config) -> Contestants:
     """The contestants on the Gaussian unknown mean, with their numbers of steps."""
     data = gaussian_mean.Truth().simulate(100_000, seed=0)
     model, guide = gaussian_mean.Model(), gaussian_mean.Guide()
@@ -221,7 +226,7 @@ def toy(config: Config) -> dict[str, tuple[Callable[[], Timing], int]]:
             steps,
         ),
         "hand-written scan, sorting each epoch": (
-            by_hand(toy_loss, init, data, 1_000, steps, sort=True),
+            by_hand(toy_loss, init, data, 1_000, steps, order="sort"),
             steps,
         ),
         "hand-written scan, 8 seeds": (
@@ -243,9 +248,15 @@ MODEL = vae.PRESETS["numpyro"]
 GUIDE = guides.mean_field(MODEL)
 
 
-def vae_init(key):
-    """Weights of 784 -> 400 -> (50, 50) and 50 -> 400 -> 784."""
-    sizes = {"e1": (784, 400), "e2": (400, 100), "d1": (50, 400), "d2": (400, 784)}
+def vae_init(key, model=MODEL):
+    """Weights of both networks, e1, e2, ... and d1, d2, ...: 784 -> 400 -> (50, 50) and back."""
+    pixels, latents = math.prod(model.x_shape), model.num_latents
+    encoder, decoder = (pixels, *model.hidden[::-1], 2 * latents), (latents, *model.hidden, pixels)
+    sizes = {
+        f"{name}{i}": size
+        for name, widths in (("e", encoder), ("d", decoder))
+        for i, size in enumerate(itertools.pairwise(widths), 1)
+    }
     return {
         name: {
             "w": random.normal(random.fold_in(key, i), size) / size[0] ** 0.5,
@@ -273,18 +284,35 @@ def _tuned_softplus_jvp(primals, tangents):
     return jnp.maximum(x, 0) + jnp.log1p(decay), jnp.where(x < 0, decay, 1) / (1 + decay) * dx
 
 
-def vae_loss(params, key, x, softplus=jax.nn.softplus, log_one_plus_exp=log_one_plus_exp):
-    """The negative ELBO of ``MODEL`` and ``GUIDE``, by hand."""
+def vae_loss(
+    params,
+    key,
+    x,
+    softplus=jax.nn.softplus,
+    log_one_plus_exp=log_one_plus_exp,
+    activation=None,
+    dtype=jnp.float32,
+):
+    """The negative ELBO of ``MODEL`` and ``GUIDE``, by hand, or of another VAE without a condition.
 
-    def layer(name, inputs):
-        return inputs @ params[name]["w"] + params[name]["b"]
+    Its layers are those of ``params``. The softplus is the activation unless another one is given.
+    """
+
+    def affine(inputs, layer):
+        return inputs.astype(dtype) @ layer["w"].astype(dtype) + layer["b"].astype(dtype)
+
+    def network(name, inputs):
+        *hidden, last = (params[key] for key in sorted(params) if key.startswith(name))
+        for layer in hidden:
+            inputs = (activation or softplus)(affine(inputs, layer))
+        return affine(inputs, last).astype(jnp.float32)
 
     x = x.reshape(len(x), -1)
-    loc, raw = jnp.split(layer("e2", softplus(layer("e1", x))), 2, axis=-1)
+    loc, raw = jnp.split(network("e", x), 2, axis=-1)
     scale = softplus(raw) + SCALE_FLOOR
     noise = random.normal(key, loc.shape)
     z = loc + scale * noise
-    logits = layer("d2", softplus(layer("d1", z)))
+    logits = network("d", z)
     log_x = (x * logits - log_one_plus_exp(logits)).sum(-1)
     log_ratio = (-0.5 * z**2 + 0.5 * ((z - loc) / scale) ** 2 + jnp.log(scale)).sum(-1)
     return -jnp.mean(log_x + log_ratio)
@@ -321,7 +349,7 @@ def binarize_plainly(key, batch):
     return {"x": random.bernoulli(key, grey).astype(jnp.float32)}
 
 
-def vae_contestants(config: Config) -> dict[str, tuple[Callable[[], Timing], int]]:
+def vae_contestants(config: Config) -> Contestants:
     """The contestants on a VAE of MNIST's size, with their numbers of steps."""
     rng = np.random.default_rng(0)
     images = {"x": rng.integers(0, 256, (60_000, 28, 28), dtype=np.uint8)}
@@ -349,29 +377,30 @@ SVHN_MODEL = vae.PRESETS["svhn"]
 SVHN_GUIDE = guides.mean_field(SVHN_MODEL)
 
 
-def svhn_networks(rngs):
+def svhn_networks(rngs, model=SVHN_MODEL):
     """The encoder and the decoder, as Flax makes them."""
     decoder = Decoder(
-        SVHN_MODEL.num_latents,
-        SVHN_MODEL.hidden,
-        SVHN_MODEL.x_shape,
-        channels=SVHN_MODEL.channels,
+        model.num_latents,
+        model.hidden,
+        model.x_shape,
+        channels=model.channels,
+        dtype=model.dtype,
         rngs=rngs,
     )
     return {
-        "encoder": SVHN_MODEL.encoder(2 * SVHN_MODEL.num_latents, rngs=rngs),
+        "encoder": model.encoder(2 * model.num_latents, rngs=rngs),
         "decoder": decoder,
     }
 
 
-def svhn_init(key):
+def svhn_init(key, model=SVHN_MODEL):
     """The weights of both."""
-    return {name: nnx.state(net) for name, net in svhn_networks(nnx.Rngs(key)).items()}
+    return {name: nnx.state(net) for name, net in svhn_networks(nnx.Rngs(key), model).items()}
 
 
-def svhn_loss(params, key, x):
+def svhn_loss(params, key, x, model=SVHN_MODEL):
     """The negative ELBO of ``SVHN_MODEL`` and ``SVHN_GUIDE``, in Flax alone."""
-    abstract = nnx.eval_shape(lambda: svhn_networks(nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: svhn_networks(nnx.Rngs(0), model))
     encode, decode = (
         nnx.merge(nnx.graphdef(abstract[name]), params[name]) for name in ("encoder", "decoder")
     )
@@ -384,7 +413,7 @@ def svhn_loss(params, key, x):
     return -jnp.mean(log_x + log_ratio)
 
 
-def svhn_contestants(config: Config) -> dict[str, tuple[Callable[[], Timing], int]]:
+def svhn_contestants(config: Config) -> Contestants:
     """The contestants on a convolutional VAE, with their numbers of steps."""
     rng = np.random.default_rng(0)
     images = {"x": rng.integers(0, 256, (2_000, 32, 32, 3), dtype=np.uint8)}
@@ -400,33 +429,53 @@ def svhn_contestants(config: Config) -> dict[str, tuple[Callable[[], Timing], in
     }
 
 
-def measure(contestants: dict[str, tuple[Callable[[], Timing], int]], rounds: int) -> str:
-    """Runs all contestants in turn, ``rounds`` times, and returns the table of medians.
+class Timings(NamedTuple):
+    """What rounds of contestants took, by name: one number for each round.
 
-    A ratio is the median of the ratios within each round: to the first contestant, and to the tuned
-    scan, if there is one.
+    Attributes:
+        compile_seconds: seconds to compile.
+        per_step: microseconds of a step.
     """
-    compile_seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    per_step: dict[str, list[float]] = {name: [] for name in contestants}
+
+    compile_seconds: dict[str, list[float]]
+    per_step: dict[str, list[float]]
+
+    def step(self, name: str) -> float:
+        """Microseconds of a step: the median of the rounds."""
+        return statistics.median(self.per_step[name])
+
+    def ratio(self, name: str, base: str) -> float:
+        """The time of ``name`` divided by that of ``base``: the median of the rounds' ratios."""
+        pairs = zip(self.per_step[name], self.per_step[base], strict=True)
+        return statistics.median(t / b for t, b in pairs)
+
+
+def in_turn(contestants: Contestants, rounds: int) -> Timings:
+    """Runs all contestants in turn, ``rounds`` times."""
+    timings = Timings({name: [] for name in contestants}, {name: [] for name in contestants})
     for _ in range(rounds):
         for name, (run, steps) in contestants.items():
             compiling, running = run()
-            compile_seconds[name].append(compiling)
-            per_step[name].append(running / steps * 1e6)
+            timings.compile_seconds[name].append(compiling)
+            timings.per_step[name].append(running / steps * 1e6)
+    return timings
 
-    def ratio(name: str, base: str) -> str:
-        pairs = zip(per_step[name], per_step[base], strict=True)
-        return f"{statistics.median(t / b for t, b in pairs):.2f}"
 
+def measure(contestants: Contestants, rounds: int) -> str:
+    """Runs all contestants in turn, ``rounds`` times, and returns the table of medians.
+
+    Ratios are to the first contestant, and to the tuned scan, if there is one.
+    """
+    timings = in_turn(contestants, rounds)
     bases = {"ratio": next(iter(contestants))}
     if TUNED in contestants:
         bases["ratio to tuned"] = TUNED
     rows = [
         (
             name,
-            f"{statistics.median(per_step[name]):.1f}",
-            *(ratio(name, base) for base in bases.values()),
-            f"{max(compile_seconds[name]):.1f}",
+            f"{timings.step(name):.1f}",
+            *(f"{timings.ratio(name, base):.2f}" for base in bases.values()),
+            f"{max(timings.compile_seconds[name]):.1f}",
         )
         for name in contestants
     ]

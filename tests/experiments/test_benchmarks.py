@@ -10,7 +10,9 @@ from flax import nnx
 from numpyro.infer import Trace_ELBO
 
 from experiments.benchmarks import numpyro_examples, scaling, speed
-from models import gaussian_mean
+from models import gaussian_mean, guides, vae
+
+GREY = {"x": jnp.full((4, 28, 28), 100, jnp.uint8)}
 
 
 @pytest.mark.slow
@@ -43,32 +45,41 @@ def test_the_hand_written_toy_is_the_same_arithmetic():
     assert abs(by_site[0] - ours[0]) < 4 * np.hypot(by_site[1], ours[1])
 
 
-def test_the_hand_written_vae_is_the_same_arithmetic():
-    params = speed.vae_init(jax.random.key(1))
-    layers = {name: {"kernel": p["w"], "bias": p["b"]} for name, p in params.items()}
+def flax(layers):
+    """Layers by hand as a network's parameters."""
+    return {
+        "mlp": {"layers": {i: {"kernel": p["w"], "bias": p["b"]} for i, p in enumerate(layers)}}
+    }
+
+
+@pytest.mark.parametrize("preset", ["numpyro", "burda"])
+def test_the_hand_written_vae_is_the_same_arithmetic(preset):
+    model = vae.PRESETS[preset]
+    params = speed.vae_init(jax.random.key(1), model)
     tree = {
-        "encoder": {"mlp": {"layers": {0: layers["e1"], 1: layers["e2"]}}},
-        "decoder": {"mlp": {"layers": {0: layers["d1"], 1: layers["d2"]}}},
+        "encoder": flax([params[name] for name in sorted(params) if name[0] == "e"]),
+        "decoder": flax([params[name] for name in sorted(params) if name[0] == "d"]),
         "statistics": {"latents": {"z": {"median": jnp.zeros(50), "spread": jnp.ones(50)}}},
     }
-    grey = {"x": jnp.full((4, 28, 28), 100, jnp.uint8)}
-    batch = speed.binarize(jax.random.key(2), grey)
-    hand = average(lambda key: speed.vae_loss(params, key, **batch), 500)
-    objective = Trace_ELBO()
-    ours = average(
-        lambda key: objective.loss(key, tree, speed.MODEL, speed.GUIDE, **batch) / 4, 500
-    )
+    batch = speed.binarize(jax.random.key(2), GREY)
+    loss = partial(speed.vae_loss, params, activation=model.activation)
+    hand = average(lambda key: loss(key, **batch), 500)
+    objective, guide = Trace_ELBO(), guides.mean_field(model)
+    ours = average(lambda key: objective.loss(key, tree, model, guide, **batch) / 4, 500)
     assert abs(hand[0] - ours[0]) < 4 * np.hypot(hand[1], ours[1])
+
+
+def test_pixels_by_hand_are_drawn_with_their_grey_level():
     hashed = partial(speed.binarize, words=speed.hashed_words)
     for binarize in (speed.binarize, speed.binarize_plainly, hashed):
-        x = binarize(jax.random.key(3), grey)["x"]
+        x = binarize(jax.random.key(3), GREY)["x"]
         assert set(np.unique(x)) == {0.0, 1.0}
         share = 100 / 255
         assert abs(x.mean() - share) < 4 * (share * (1 - share) / x.size) ** 0.5
 
 
 def test_the_tuned_vae_is_the_plain_one():
-    batch = speed.binarize(jax.random.key(2), {"x": jnp.full((4, 28, 28), 100, jnp.uint8)})
+    batch = speed.binarize(jax.random.key(2), GREY)
     params, key = speed.vae_init(jax.random.key(1)), jax.random.key(3)
     plain, tuned = (
         jax.jit(jax.value_and_grad(loss))(params, key, **batch)
