@@ -1,8 +1,9 @@
 """Products of float32 matrices in float32, on every device.
 
-JAX's default is the fastest product that a device has: on a recent NVIDIA GPU TensorFloat-32, whose
-inputs have 10 bits after the leading one instead of 23, on a TPU bfloat16 with 7. That error can be
-seen beside exact answers. So the scripts compute in float32. ``--dtype bfloat16`` asks for speed.
+JAX's default is the fastest product that a device has. On a recent NVIDIA GPU that is
+TensorFloat-32: inputs have 10 bits after the leading one. On a TPU it is bfloat16, with 7 bits.
+Float32 has 23. The error shows beside exact answers (``inference/README.md``, Precision). So the
+scripts compute in float32. ``--dtype bfloat16`` asks for speed.
 """
 
 import jax

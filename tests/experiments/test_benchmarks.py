@@ -1,5 +1,6 @@
 """The benchmark runs and compares like with like. Its timings are asserted nowhere."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 from numpyro.infer import Trace_ELBO
 
-from experiments.benchmarks import numpyro_examples, scaling, speed
+from experiments.benchmarks import device, numpyro_examples, scaling, speed
 from models import gaussian_mean, guides, vae
 
 GREY = {"x": jnp.full((4, 28, 28), 100, jnp.uint8)}
@@ -52,7 +53,7 @@ def flax(layers):
     }
 
 
-@pytest.mark.parametrize("preset", ["numpyro", "burda"])
+@pytest.mark.parametrize("preset", ["numpyro", pytest.param("burda", marks=pytest.mark.slow)])
 def test_the_hand_written_vae_is_the_same_arithmetic(preset):
     model = vae.PRESETS[preset]
     params = speed.vae_init(jax.random.key(1), model)
@@ -182,3 +183,146 @@ def test_a_reduction_is_timed_and_collectives_are_counted(monkeypatch):
     assert scaling.collectives(setting) > 0
     assert scaling.collectives(setting._replace(seeds=2, axis="seed")) == 0
     assert 0 < scaling.reduce_seconds(setting, 4096, 1) < 10
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+def rows_of(page):
+    """The cells by device of each row of a page, by its names."""
+    lines = [line.strip("| ").split("|") for line in page.splitlines() if line[:2] == "| "]
+    return {tuple(map(str.strip, line[:-3])): [*map(str.strip, line[-3:])] for line in lines}
+
+
+def numbers_of(tmp_path, capsys, *parts):
+    """The numbers of the device at hand by row, after a run of the script in small."""
+    settings = {"num_samples": 2, "num_test": 8, "rounds": 1, "small": True}
+    config = device.Config(("numpyro",), (16,), ("float32",), (1, 2), parts, **settings)
+    device.main(replace(config, out=tmp_path / "DEVICES.md"))
+    printed = capsys.readouterr().out
+    assert printed.strip() == (tmp_path / "DEVICES.md").read_text().strip()
+    found = {}
+    for row, cells in rows_of(printed).items():
+        number = cells[0].split()[0].replace(",", "")
+        if number.replace(".", "").isdigit():
+            found[row] = float(number)
+            assert cells[1:] == ["not run yet"] * 2
+    return found
+
+
+on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the first column is a CPU's")
+
+
+@on_a_cpu
+def test_the_benchmark_of_devices_runs(tmp_path, capsys):
+    found = numbers_of(tmp_path, capsys, "fill")
+    assert 0 < found["numpyro", "share of time in the compiled loop"] <= 1
+    ours, by_hand = (found["numpyro", f"kernels in a step {of}"] for of in ("of `fit`", "by hand"))
+    assert ours > by_hand > 50
+    assert ("numpyro", "float32") not in found
+
+
+@pytest.mark.slow
+@on_a_cpu
+def test_the_benchmark_of_devices_measures_all(tmp_path, capsys):
+    numbers_of(tmp_path, capsys, "judge")
+    found = numbers_of(tmp_path, capsys, "epoch", "restarts")
+    expected = {("float32", "16"), ("1",), ("2",), ("float32",)}  # the judge's row has stayed
+    assert {row[1:] for row in found} == expected
+    assert all(seconds > 0 for seconds in found.values())
+
+
+def test_a_page_has_a_column_for_every_device():
+    def known(*rows):
+        cells = {"epoch": {row: {"seconds": 1234.5, "ratio": 1.016} for row in rows}}
+        cells |= {"restarts": {}, "judge": {}, "fill": {}}
+        return {"about": {"kind": "k", "jax": "1", "commands": ["python a.py"]}, "cells": cells}
+
+    first, second = "numpyro | float32 | 128", "numpyro | float32 | 512"
+    page = rows_of(device.page({"CPU": known(first), "H200": known(first, second)}))
+    cell = "1,234 (1.02)"
+    assert page["numpyro", "float32", "128"] == [cell, "not run yet", cell]
+    assert page["numpyro", "float32", "512"] == ["", "not run yet", cell]
+
+
+def test_new_numbers_join_those_of_the_same_device():
+    def known(row, jax_version="1"):
+        about = {"kind": "k", "jax": jax_version, "commands": [f"--{row}"]}
+        return {"about": about, "cells": {"epoch": {row: 1}}}
+
+    joined = device.join(known("a"), known("b"))
+    assert joined["cells"]["epoch"].keys() == {"a", "b"}
+    assert joined["about"]["commands"] == ["--a", "--b"]
+    assert device.join(known("a"), known("b", "2")) == known("b", "2")
+    assert device.join(None, known("b")) == known("b")
+
+
+def test_a_command_says_what_differs_from_the_defaults():
+    config = device.Config(("svhn",), (128, 512), small=True)
+    words = "--presets svhn --batch-sizes 128 512 --small"
+    assert device.command(config) == f"python experiments/benchmarks/device.py {words}"
+
+
+@pytest.mark.parametrize("wrong", [{"restarts": ()}, {"batch_sizes": (0,)}, {"rounds": 0}])
+def test_settings_that_measure_nothing_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+        device.Config(**wrong)
+
+
+def test_kernels_of_the_largest_loop_are_counted():
+    """Two of its own, one of the loop within, two of the longer branch."""
+    text = """
+%small (p: (f32[])) -> (f32[]) {
+  %p = (f32[]) parameter(0)
+  ROOT %exponential.1 = f32[2,3]{1,0} exponential(%p)
+}
+
+%few (p: f32[]) -> f32[] {
+  ROOT %negate.1 = f32[] negate(%p)
+}
+
+%many (p: f32[]) -> f32[] {
+  %negate.2 = f32[] negate(%p)
+  ROOT %add.2 = f32[] add(%negate.2, %p)
+}
+
+%body (p: (s32[], /*index=1*/f32[2]{0})) -> (s32[], f32[2]{0}) {
+  %p = (s32[], f32[2]{0}) parameter(0)
+  %x = f32[2]{0} get-tuple-element(%p), index=1
+  %fusion.1 = f32[2]{0} fusion(%x), kind=kLoop, calls=%fused
+  %dot.1 = f32[2]{0} dot(%fusion.1, %x), lhs_contracting_dims={0}
+  %inner = (f32[]) while(%p), condition=%small.condition, body=%small
+  %either = f32[] conditional(%x, %p, %p), branch_computations={%few, %many}
+  ROOT %out = (s32[], f32[2]{0}) tuple(%x, %dot.1)
+}
+
+ENTRY %main (a: f32[2]) -> f32[2] {
+  %a = f32[2]{0} parameter(0)
+  %loop = (s32[], f32[2]{0}) while(%a), condition=%condition, body=%body
+  ROOT %b = f32[2]{0} add(%a, %a)
+}
+"""
+    assert device.kernels_per_step(text) == 5
+    assert device.kernels_per_step("ENTRY %main (a: f32[2]) -> f32[2] {\n}") == 0
+
+
+def test_more_steps_are_not_more_kernels():
+    def count(length):
+        def step(x, _):
+            return jnp.tanh(x @ x), x.sum()
+
+        scan = jax.jit(lambda x: jax.lax.scan(step, x, length=length))
+        return device.kernels_per_step(scan.lower(jnp.eye(3)).compile().as_text())
+
+    assert count(7) == count(70) >= 2
+
+
+def test_spans_that_overlap_are_busy_once():
+    spans = [(0.0, 10.0), (92.0, 96.0), (94.0, 98.0), (99.0, 100.0)]
+    assert device.share(spans, 10.0) == pytest.approx(0.7)
+    assert device.share([(0.0, 100.0)], 10.0) == 1
+
+
+def test_a_cpu_has_no_stream_of_a_gpu():
+    if jax.default_backend() == "cpu":
+        assert device.busy(lambda: 1.0) is None
