@@ -70,7 +70,7 @@ class Run:
     init: Callable[..., State]
     advance: Callable[..., Any]
     validate: dict[int, Callable[..., Any]]  # by the data in a batch
-    keep_best: Callable[..., State]
+    keep_best: Callable[..., State] | None  # with patience
     identity: dict[str, Any]
     began: float
     compiling: float
@@ -126,43 +126,55 @@ def _places(mesh: Mesh | None, state: State) -> Any:
 
 def compile_steps(inputs: Inputs, placed: Placed, began: float) -> Run:
     """Compiles the loop and the held-out ELBO; XLA works on all at once."""
-    compiling, plan = time.perf_counter(), inputs.plan
-    keys, held_out = placed.keys, placed.held_out
-    start = functools.partial(init_state, plan)
-    shapes = jax.eval_shape(start, keys, placed.first, inputs.params)
+    compiling, plan, held_out = time.perf_counter(), inputs.plan, placed.held_out
+    start = _given(init_state, plan)
+    shapes = jax.eval_shape(start, placed.keys, placed.first, inputs.params)
     places = _places(plan.mesh, shapes)
     template = shapes if places is None else jax.tree.map(_at, shapes, places)
-    steps = jax.jit(functools.partial(advance, plan))
-    lowered = [steps.lower(template, keys, placed.data.abstract(), np.int32(0))]
-    windows = {} if held_out is None else held_out.abstract()
+    given, steps = (
+        (template, placed.keys),
+        jax.jit(_given(advance, plan), out_shardings=(places, None, None)),
+    )
+    lowered: dict[Any, Any] = {"advance": steps.lower(*given, placed.data.abstract(), np.int32(0))}
     if held_out is not None:
-        judge = functools.partial(validate, plan, held_out.num_data, held_out.num_full + 1)
-        lowered += [
-            jax.jit(judge).lower(template, keys, window, np.int32(0)) for window in windows.values()
-        ]
+        judge = jax.jit(_given(validate, plan, held_out.num_data, held_out.num_full + 1))
+        for size, window in held_out.abstract().items():
+            lowered[size] = judge.lower(*given, window, np.int32(0))
+    if plan.settings.patience is not None:
+        best = jax.jit(_given(keep_best, plan), out_shardings=places)
+        elbos = np.zeros(plan.settings.num_seeds, np.float32)
+        lowered["keep_best"] = best.lower(template, elbos)
     identity = {
         "versions": versions(),
         "device": describe_device(),
         "mesh": None if plan.mesh is None else list(plan.mesh.shape.items()),
         "processes": jax.process_count(),
-        "program": describe_program(lowered[0].as_text()),
+        "program": describe_program(lowered["advance"].as_text()),
         "shapes": [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(template)],
     }
     check_same(inputs.config | {name: identity[name] for name in ("shapes", "program")})
     with ThreadPoolExecutor() as pool:
-        loop, *judges = pool.map(lambda program: program.compile(), lowered)
+        compiled = pool.map(lambda program: program.compile(), lowered.values())
+        programs = dict(zip(lowered, compiled, strict=True))
     return Run(
         inputs=inputs,
         placed=placed,
         template=template,
         init=jax.jit(start, out_shardings=places),
-        advance=loop,
-        validate=dict(zip(windows, judges, strict=True)),
-        keep_best=jax.jit(functools.partial(keep_best, plan), out_shardings=places),
+        advance=programs.pop("advance"),
+        keep_best=programs.pop("keep_best", None),
+        validate=programs,
         identity=identity,
         began=began,
         compiling=time.perf_counter() - compiling,
     )
+
+
+def _given(function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
+    """The function with its first arguments, under its own name."""
+    given = functools.partial(function, *first)
+    given.__name__ = function.__name__  # type: ignore[attr-defined]
+    return given
 
 
 def _at(shape: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -351,7 +363,7 @@ def _chunk(
         held_out = _held_out(run, state)
         column = stop // settings.validate_every - 1
         history.validation_elbo[:, column] = np.where(active, held_out, np.nan)
-        if settings.patience is not None:
+        if run.keep_best is not None:
             state = run.keep_best(state, held_out)
             active = to_host(state.active)
     run.state = state

@@ -317,6 +317,6 @@ def test_a_model_that_only_some_devices_have_is_found(faults):
     for what in (eigenvalues, callback):
         faults.clear()
         fit(partial(model, what=what), lambda x: None, data, num_steps=1, progress=False)
-        reasons.append(faults["steps"])
+        reasons.append(faults["advance"])
     assert "'eig' not found for platforms ['tpu']" in reasons[0]
     assert "python_callback" in reasons[1]
