@@ -47,7 +47,7 @@ from tabulate import tabulate
 from experiments.experiment import Data, DataTree, Experiment, Figure, Fits
 from experiments.linear_gaussian import hold, log_likelihood
 from experiments.runner import number, run
-from experiments.settings import check_fraction, check_least, check_positive, command_line
+from experiments.settings import Machines, check_fraction, check_least, check_positive, command_line
 from inference import OBJECTIVES, Estimate, Fit, elbo_terms, to_datatree, traits
 from models import guides, hierarchical_gaussian, linear_gaussian, regression
 
@@ -62,7 +62,7 @@ ROUNDING = 2e-5  # Of a gap by formula: the parameters are float32.
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Machines):
     """Settings of the exact comparisons.
 
     Attributes:
@@ -94,6 +94,7 @@ class Config:
     progress: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         for name, known in (("families", FAMILIES), ("objectives", TRAINABLE)):
             given = getattr(self, name)
             for value in () if given is None else given:

@@ -29,6 +29,7 @@ import inference
 from experiments.experiment import Data, DataTree, Experiment, Figure, Fits
 from experiments.runner import number, run
 from experiments.settings import (
+    Machines,
     check_fraction,
     check_known,
     check_least,
@@ -61,7 +62,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Machines):
     """Settings of the Gaussian unknown-mean conditional VAE.
 
     Attributes:
@@ -96,6 +97,7 @@ class Config:
     progress: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         self.truth()
         check_least(1, self, "num_data", "num_steps", "num_seeds")
         check_least(0, self, "seed")

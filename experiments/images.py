@@ -22,7 +22,7 @@ from experiments import pictures
 from experiments.datasets import Dataset, Record, load
 from experiments.experiment import DataTree, Experiment, Figure, Fits
 from experiments.runner import fit_anew, number
-from experiments.settings import check_fraction, check_known, check_least, check_positive
+from experiments.settings import Machines, check_fraction, check_known, check_least, check_positive
 from inference import (
     OBJECTIVES,
     ElboTerms,
@@ -77,7 +77,7 @@ SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Machines):
     """Settings of an experiment on images.
 
     Attributes:
@@ -159,6 +159,7 @@ class Config:
     progress: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         check_known(self, preset=vae.PRESETS, guide=guides.GUIDES, encoder=ENCODERS)
         check_known(self, activation=ACTIVATIONS)
         check_known(self, likelihood=LIKELIHOODS, objective=OBJECTIVES, schedule=SCHEDULES)

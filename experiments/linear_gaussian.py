@@ -38,7 +38,7 @@ from tabulate import tabulate
 from experiments.datasets import Record, load
 from experiments.experiment import Data, DataTree, Experiment, Figure, Fits
 from experiments.runner import number, run
-from experiments.settings import check_fraction, check_least, check_positive, command_line
+from experiments.settings import Machines, check_fraction, check_least, check_positive, command_line
 from inference import Estimate, Fit, Held, pointwise_elbo, to_datatree
 from models import guides, linear_gaussian
 from models.conditions import Labels
@@ -55,7 +55,7 @@ BATCH = 1_000  # Images that are judged together.
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Machines):
     """Settings of the linear-Gaussian model of images.
 
     Attributes:
@@ -96,6 +96,7 @@ class Config:
     progress: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.guides or len(set(self.guides)) < len(self.guides):
             raise ValueError(f"guides: expected different ones, at least one, got {self.guides}")
         for name in self.guides:

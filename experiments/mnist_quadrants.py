@@ -26,8 +26,8 @@ from experiments import pictures, runs
 from experiments.datasets import Dataset, Record, load
 from experiments.experiment import DataTree, Experiment, Figure, Fits
 from experiments.images import judging_key
-from experiments.runner import number, run
-from experiments.settings import check_known, check_least, check_positive, command_line
+from experiments.runner import number, run, run_many
+from experiments.settings import Machines, check_known, check_least, check_positive, command_line
 from inference import (
     Estimate,
     Hybrid,
@@ -81,7 +81,7 @@ PYRO = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Machines):
     """Settings of the completion of images.
 
     Attributes:
@@ -136,6 +136,7 @@ class Config:
     progress: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         check_known(self, quadrants=("1", "2", "3", "all"), preset=PRESETS)
         check_least(1, self, "num_train", "num_test", "num_validation", "batch_size", "patience")
         check_least(1, self, "num_epochs", "baseline_epochs", "num_particles", "num_samples")
@@ -423,16 +424,9 @@ def main(config: Config) -> dict[str, Any]:
     """Complete images from some of their quadrants."""
     if config.quadrants != "all":
         return run(EXPERIMENT, config)
-    parent = config.out or runs.new_directory(Path("runs"), EXPERIMENT.name)
-    names = {n: f"quadrants_{n}" for n in "123"}
-    strangers = {p.name for p in parent.glob("[!.]*")} - {*names.values()}
-    if strangers:
-        raise ValueError(
-            f"out: expected a new or empty directory, or these runs' own; {parent} holds "
-            f"{min(strangers)}; give another directory"
-        )
-    each = {n: replace(config, quadrants=n, out=parent / name) for n, name in names.items()}
-    return {"quadrants": {n: run(EXPERIMENT, one) for n, one in each.items()}}
+    each = {f"quadrants_{n}": {"quadrants": n} for n in "123"}
+    results = run_many(EXPERIMENT, config, each)
+    return {"quadrants": {own["quadrants"]: results[name] for name, own in each.items()}}
 
 
 if __name__ == "__main__":

@@ -1,27 +1,29 @@
 """The runner of all scripts: claim the directory, train, judge, write, draw, print."""
 
+import contextlib
 import importlib
 import json
 import shutil
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import runs
+from experiments import devices, runs
 from experiments.compiled import keep_compiled
 from experiments.experiment import Experiment, Fits
 from experiments.precision import full_precision
 from experiments.settings import to_json
 from inference import Estimate, Fit, Held, Prepared, fit
 from inference.fit import programs_of
-from inference.sites import preparation
+from inference.sites import length, preparation
 
 PER_DATUM_STEPS = 1000  # A table of numbers is fitted to the test data in so many steps.
 
@@ -42,25 +44,83 @@ def run(experiment: Experiment, config: Any) -> dict[str, Any]:
         ValueError: settings, data or a directory that cannot be used.
         OSError: a directory that cannot be written.
         NonFiniteError: the training failed.
+        StreamError: data could not be read. The run goes on from there by the same command.
+        ProcessError: another process has stopped.
     """
     began = time.perf_counter()
-    keep_compiled()
-    full_precision()
-    data = experiment.data(config)
-    experiment.programs(config, data.record, experiment.names(config)[0], {})  # may refuse
-    with runs.claim(experiment, config, data) as path:
-        result = runs.read_json(path / "result.json")
-        if result is None:
-            import_ahead("orbax.checkpoint", "xarray", "matplotlib.backends.backend_agg")
-            fits = train(experiment, config, data, path)
-            result = _finish(experiment, config, data, fits, path, began)
-    seconds = result["seconds"]
-    print(
-        f"\n{experiment.table(result)}\n\n{result['device']}: compiling {seconds['compile']:.1f} "
-        f"s, training {seconds['run']:.1f} s, judging {seconds['evaluate']:.1f} s, in all "
-        f"{seconds['total']:.1f} s\nwritten to {path}"
-    )
+    with devices.one_of_many(config):
+        keep_compiled()
+        full_precision()
+        with devices.together():
+            devices.chosen(config)
+            data = experiment.data(config)
+            experiment.programs(config, data.record, experiment.names(config)[0], {})  # may refuse
+        with _claimed(experiment, config, data) as (path, result):
+            if result is None:
+                import_ahead("orbax.checkpoint", "xarray", "matplotlib.backends.backend_agg")
+                fits = train(experiment, config, data, path)
+                result = _finish(experiment, config, data, fits, path, began)
+        seconds = result["seconds"]
+        print(
+            f"\n{experiment.table(result)}\n\n{result['device']}: compiling "
+            f"{seconds['compile']:.1f} s, training {seconds['run']:.1f} s, judging "
+            f"{seconds['evaluate']:.1f} s, in all {seconds['total']:.1f} s\nwritten to {path}"
+        )
+        if "devices" in result:  # older runs do not say
+            print(devices.words(result["devices"]))
     return result
+
+
+def run_many(
+    experiment: Experiment, config: Any, settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Runs an experiment several times, in one directory.
+
+    Args:
+        experiment: the script.
+        config: the settings that all runs have.
+        settings: by the name of a run, its own settings.
+
+    Returns:
+        What each ``result.json`` holds, by the name of the run.
+
+    Raises:
+        ValueError: the directory holds other files.
+    """
+    with devices.one_of_many(config):
+        with devices.together():
+            parent = None
+            if devices.is_first():
+                parent = config.out or runs.new_directory(Path("runs"), experiment.name)
+                strangers = {p.name for p in parent.glob("[!.]*")} - settings.keys()
+                if strangers:
+                    raise ValueError(
+                        f"out: expected a new or empty directory, or these runs' own; {parent} "
+                        f"holds {min(strangers)}; give another directory"
+                    )
+        parent = Path(devices.text_of_first(parent and str(parent)))
+    return {
+        name: run(experiment, replace(config, **own, out=parent / name))
+        for name, own in settings.items()
+    }
+
+
+@contextlib.contextmanager
+def _claimed(
+    experiment: Experiment, config: Any, data: Any
+) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+    """The directory of a run, and its result if it is finished.
+
+    Process 0 claims and reads it. The others know its name and nothing more.
+    """
+    path = result = None
+    with contextlib.ExitStack() as stack:
+        with devices.together():
+            if devices.is_first():
+                path = stack.enter_context(runs.claim(experiment, config, data))
+                result = runs.read_json(path / "result.json")
+        path, result = devices.text_of_first([path and str(path), result])
+        yield Path(path), result
 
 
 def train(
@@ -72,29 +132,52 @@ def train(
         experiment: the script.
         config: its settings.
         data: its data.
-        path: a directory for checkpoints and finished fits. Nothing is written without one.
+        path: a directory for checkpoints and finished fits. Nothing is written without one, and
+            process 0 alone writes.
     """
     fits: dict[str, Fit] = {}
     for name in experiment.names(config):
         model, guide = experiment.programs(config, data.record, name, fits)
+        arrays = experiment.arrays(data, name)
+        settings = experiment.training(config, data, name, fits)
+        batch_size = settings.get("batch_size") or length(arrays)
         fits[name] = fit(
             model,
             guide,
-            experiment.arrays(data, name),
+            arrays,
             preprocess=preparation(model),
             checkpoint=path and path / "checkpoints" / name,
+            mesh=devices.mesh_of(config, settings.get("num_seeds") or 1, batch_size),
             progress=config.progress,
-            **experiment.training(config, data, name, fits),
+            **settings,
         )
-        if path:
-            fits[name].save(path / "fits" / name)
+        with devices.together():
+            if path and devices.is_first():
+                fits[name].save(path / "fits" / name)
     return fits
+
+
+class _Written(NamedTuple):
+    """What a finished run writes."""
+
+    result: dict[str, Any]
+    figures: dict[str, Any]
+    tree: Any
 
 
 def _finish(
     experiment: Experiment, config: Any, data: Any, fits: Fits, path: Path, began: float
 ) -> dict[str, Any]:
-    """Judges, draws and writes. ``result.json`` comes last: with it a run is finished."""
+    """All processes judge and draw, as the fits' devices may belong to all. Process 0 writes."""
+    finished = _judged(experiment, config, data, fits)
+    with devices.together():
+        if devices.is_first():
+            _write(path, finished, began)
+    return devices.text_of_first(finished.result)
+
+
+def _judged(experiment: Experiment, config: Any, data: Any, fits: Fits) -> _Written:
+    """What there is to say of the fits. Nothing is written."""
     judging = time.perf_counter()
     judged = experiment.judge(config, data, fits)
     settings, main = to_json(config), fits[experiment.main(config)]
@@ -106,29 +189,33 @@ def _finish(
         "experiment": experiment.name,
         "config": settings,
         "dataset": data.record.name,
-        "num_data": {
-            split: len(next(iter(arrays.values()))) for split, arrays in runs.splits(data).items()
-        },
+        "num_data": {split: length(arrays) for split, arrays in runs.splits(data).items()},
         "num_parameters": _num_parameters(main),
         "num_steps": {name: known.info["num_steps"] for name, known in fits.items()},
         **experiment.summarize(config, data, fits, judged),
         "seconds": seconds | {"evaluate": time.perf_counter() - judging},
         "device": main.info["device"],
+        "devices": devices.describe(config),
         "versions": main.info["versions"],
     }
-    for name, figure in experiment.figures(config, data, fits, judged, result).items():
-        figure.savefig(path / f"{name}.png", dpi=120)
+    figures = experiment.figures(config, data, fits, judged, result)
     tree = experiment.tree(config, data, fits, judged)
     tree.attrs |= {
         "experiment": experiment.name,
         "settings": json.dumps(settings),
         "dataset": data.record.name,
     }
-    tree.to_netcdf(path / "trace.nc", engine="h5netcdf")
-    result["seconds"]["total"] = time.perf_counter() - began
-    runs.write_json(path / "result.json", result)
+    return _Written(result, figures, tree)
+
+
+def _write(path: Path, finished: _Written, began: float) -> None:
+    """Writes a finished run. ``result.json`` comes last: with it a run is finished."""
+    for name, figure in finished.figures.items():
+        figure.savefig(path / f"{name}.png", dpi=120)
+    finished.tree.to_netcdf(path / "trace.nc", engine="h5netcdf")
+    finished.result["seconds"]["total"] = time.perf_counter() - began
+    runs.write_json(path / "result.json", finished.result)
     shutil.rmtree(path / "checkpoints")  # the fits have it all
-    return result
 
 
 def _num_parameters(fitted: Fit) -> int:

@@ -9,19 +9,73 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
-UNSAVED = ("out", "progress")  # They change no number.
+# They do not change what a run is.
+MACHINES = ("devices", "coordinator", "num_processes", "process_id", "distributed")
+UNSAVED = ("out", "progress", *MACHINES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """Settings of every script that trains: on what it runs.
+
+    Attributes:
+        devices: Number of devices to use, or all. With several processes, devices of each process.
+            Seeds are spread over them first, and batches over the rest.
+        coordinator: HOST:PORT of process 0, if several processes train one run. Each of them gets
+            the same command with a process id of its own.
+        num_processes: Number of processes that train one run.
+        process_id: Number of this process, from 0. Process 0 prints and writes.
+        distributed: Whether to find the other processes by SLURM, Kubernetes or MPI.
+    """
+
+    devices: int | Literal["all"] = 1
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    distributed: bool = False
+
+    def __post_init__(self):
+        if self.devices != "all":
+            check_least(1, self, "devices")
+        names = ("coordinator", "num_processes", "process_id")
+        missing = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is None]
+        if self.distributed and len(missing) < len(names):
+            raise ValueError(
+                "distributed: expected either --distributed, which finds the processes, or "
+                "--coordinator, --num-processes and --process-id, got both; leave one out"
+            )
+        if 0 < len(missing) < len(names):
+            raise ValueError(
+                f"coordinator: expected all of --coordinator HOST:PORT, --num-processes and "
+                f"--process-id, or none, got no {' and no '.join(missing)}; give them all"
+            )
+        if missing:
+            return
+        if not re.fullmatch(r".+:\d+", self.coordinator or ""):
+            raise ValueError(
+                f"coordinator: expected HOST:PORT of process 0, got {self.coordinator!r}; write "
+                f"for example 10.0.0.1:1234"
+            )
+        check_least(1, self, "num_processes")
+        if not 0 <= (self.process_id or 0) < (self.num_processes or 0):
+            raise ValueError(
+                f"process_id: expected 0 to {(self.num_processes or 0) - 1}, as there are "
+                f"{self.num_processes} processes, got {self.process_id}; number them from 0"
+            )
 
 
 def command_line(main: Callable[[Any], Any], config_type: type) -> None:
     """Runs ``main`` with a configuration from the command line.
 
     A setting, file or data set that cannot be used is one line on standard error and exit
-    status 2.
+    status 2. Data that cannot be read any more, and processes that have stopped, are one line and
+    exit status 1.
     """
     complaint = io.StringIO()
     gc.freeze()  # what is imported stays; looking through it again, at exit too, takes a second
@@ -33,6 +87,20 @@ def command_line(main: Callable[[Any], Any], config_type: type) -> None:
         gc.freeze()
     except (ValueError, FloatingPointError, OSError, MemoryError) as error:
         _leave(str(error))
+    except RuntimeError as error:
+        from experiments.devices import (  # slow to import
+            LostProcessError,
+            ProcessError,
+            leave_now,
+        )
+        from inference import StreamError
+
+        if isinstance(error, LostProcessError):
+            _complain(str(error))
+            leave_now(1)
+        if not isinstance(error, ProcessError | StreamError):
+            raise
+        _leave(str(error), status=1)
     except KeyboardInterrupt:
         print("interrupted; the same command with --out goes on", file=sys.stderr)
         sys.exit(130)
@@ -42,9 +110,13 @@ def command_line(main: Callable[[Any], Any], config_type: type) -> None:
         raise
 
 
-def _leave(message: str) -> None:
+def _complain(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+
+
+def _leave(message: str, status: int = 2) -> None:
+    _complain(message)
+    sys.exit(status)
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -85,7 +157,7 @@ def check_fraction(config: Any, *names: str) -> None:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """The settings as JSON has them, without ``out`` and ``progress``."""
+    """The settings as JSON has them, without those that do not change what a run is."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in UNSAVED}
     return json.loads(json.dumps(settings, default=str))
 

@@ -41,6 +41,7 @@ from experiments.experiment import DataTree, Experiment, Figure, Fits
 from experiments.runner import fit_anew, number, run
 from experiments.runs import PROGRAM
 from experiments.settings import (
+    Machines,
     check_fraction,
     check_known,
     check_least,
@@ -78,7 +79,7 @@ class OwnProgramError(ValueError):
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Machines):
     """Settings of the training of your own program.
 
     Attributes:
@@ -143,6 +144,7 @@ class Config:
     progress: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         check_known(self, guide=guides.GUIDES, globals=guides.GLOBALS, encoder=ENCODERS)
         check_known(self, objective=OBJECTIVES, on_nan=("stop", "skip"))
         check_least(1, self, "num_particles", "num_epochs", "num_steps", "batch_size", "patience")
