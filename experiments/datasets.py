@@ -1,8 +1,9 @@
 """Data to train on: MNIST, SVHN, scikit-learn's digits, or a user's own .npy, .npz or .csv file.
 
-They are images or a table: a vector of numbers for each datum. No file and no mirror is trusted.
-MNIST's and SVHN's files must have the right SHA-256. No pickle is loaded, and no header is given
-more memory than the file fills. A bad file is a ``DatasetError``.
+They are images or a table: a vector of numbers for each datum. An .npy file larger than half of
+the memory stays on the disk, and its rows are read when they are needed. No file and no mirror is
+trusted. MNIST's and SVHN's files must have the right SHA-256. No pickle is loaded, and no header is
+given more memory than the file fills. A bad file is a ``DatasetError``.
 """
 
 import contextlib
@@ -15,15 +16,21 @@ import os
 import sys
 import zipfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pooch
-from jaxtyping import Float32, Int32, Shaped, UInt8
+import psutil
+from jaxtyping import Float32, Int32, Integer, Shaped, UInt8
+
+if TYPE_CHECKING:
+    from inference._streams import Stream
+else:  # slow to import
+    Stream = Any
 
 MIRRORS = {
     "mnist": (
@@ -44,9 +51,8 @@ SVHN = {
 }
 SOURCES = {"mnist": MNIST, "svhn": SVHN}  # first the training set's files, then as many for testing
 MAX_BYTES = 2**28  # none of these files is larger
-HALF_OF_MEMORY = 2**32
-if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # not every system tells
-    HALF_OF_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+PIECE_BYTES = 2**25  # what is looked at together: this bounds the memory of the checks
+HEADER_BYTES = 2**16  # the longest header of an .npy file that is not loaded
 TIMEOUT = (5, 30)  # seconds to connect, and seconds between two pieces
 ENDS = ("", "_test", "_validation")
 LABELS = ("c", "label")  # the names that the column of labels may have
@@ -56,9 +62,14 @@ NOTICE = """{0}
 !!  --dataset mnist makes this an error. Why: {1}
 {0}"""
 
-Arrays = dict[str, np.ndarray]
+Arrays = Mapping[str, Any]  # NumPy arrays, or a stream
 Images = UInt8[np.ndarray, "N H W *C"] | Float32[np.ndarray, "N H W *C"]
 Vectors = Float32[np.ndarray, "N D"]
+
+
+def half_of_memory() -> int:
+    """Half of the machine's memory, in bytes. An .npy file larger than this is streamed."""
+    return psutil.virtual_memory().total // 2
 
 
 class DatasetError(ValueError):
@@ -111,7 +122,7 @@ class Dataset:
     Attributes:
         name: mnist, svhn, digits or the file's name.
         train: ``x``, images (N, H, W) or (N, H, W, C), uint8 or float32 in [0, 1], or a table
-            (N, D), any float32; ``c``, (N,), int32.
+            (N, D), any float32; ``c``, (N,), int32. A stream, if the file is too large to load.
         validation: the same, held out of the training set; None if nothing was.
         test: the same.
         num_classes: one more than the largest label; None without labels.
@@ -135,8 +146,10 @@ class Dataset:
         known = self.name, self.x_shape, self.num_classes, len(x)
         if x.ndim != 2:
             return Record(*known)
-        mean = x.mean(0, dtype=np.float64)
-        std = np.where(x.max(0) > x.min(0), x.std(0, dtype=np.float64), 0)
+        mean: Any = sum(piece.sum(0, dtype=np.float64) for _, piece in pieces(x)) / len(x)
+        squares: Any = sum(np.square(piece - mean).sum(0) for _, piece in pieces(x))
+        low, high = extent(x, axis=0)
+        std: Any = np.where(high > low, np.sqrt(squares / len(x)), 0)
         # Rounded, they are the same on machines that add in another order.
         return Record(*known, mean.astype(np.float32).tolist(), std.astype(np.float32).tolist())
 
@@ -160,7 +173,8 @@ def load(
             (N,), as ``c`` (or ``c_train``), and ``x_test``, ``c_test``, ``x_validation``,
             ``c_validation``. A .csv file holds a table: a line of names, then lines of numbers,
             with commas between. The column named c or label holds labels, the others are ``x``.
-            Without ``x_test``, a sixth of ``x`` is the test set.
+            Without ``x_test``, a sixth of ``x`` is the test set. An .npy file larger than half of
+            the memory is not loaded: its rows are read when they are needed.
         data_dir: the directory of MNIST's four files or SVHN's two, compressed by gzip or not.
             They may lie in its subdirectory mnist or svhn. By default they come from the directory
             in the environment variable GUIDEBOOK_DATA, the user's cache or the network.
@@ -203,6 +217,9 @@ def read(path: str | Path) -> Arrays:
             line of names, then lines of numbers, with commas between. Each column is an array
             (N,). It holds integers if all its numbers are written without a point.
 
+    Returns:
+        Arrays, or a stream of the rows of an .npy file larger than half of the memory.
+
     Raises:
         DatasetError: the file cannot be had, or it is not what it should be.
         ValueError: it has another ending.
@@ -217,7 +234,11 @@ def read(path: str | Path) -> Arrays:
             name: values.astype(np.int64 if is_whole and abs(values).max() < 2**53 else np.float64)
             for name, values, is_whole in columns
         }
-    content = _read(path, path, f"an {path.suffix} file", HALF_OF_MEMORY)
+    if _is_too_large(path):
+        from inference._streams import memory_mapped  # slow to import
+
+        return memory_mapped({"x": _mapped(path)})
+    content = _read(path, path, f"an {path.suffix} file", half_of_memory())
     if path.suffix == ".npy":
         return {"x": _array(content, f"{path}: x")}
     with _refusing(path, "an .npz file"):
@@ -227,6 +248,68 @@ def read(path: str | Path) -> Arrays:
         _require(names and len({*names}) == len(names), path, "arrays, each name once", got)
         contents = _unpacked(archive, content, path)
     return {n: _array(content, f"{path}: {n}") for n, content in zip(names, contents, strict=True)}
+
+
+# --- arrays in memory and streams -----------------------------------------------------------------
+
+
+def is_streamed(arrays: Arrays) -> bool:
+    """Whether the arrays lie on the disk, and their rows are read when they are needed."""
+    return bool(arrays) and not isinstance(arrays, dict)
+
+
+def take(arrays: Arrays, index: Integer[np.ndarray, " M"]) -> Arrays:
+    """Some rows of every array. Those of a stream are not read yet."""
+    if isinstance(arrays, dict):
+        return {name: array[index] for name, array in arrays.items()}
+    stream: Any = arrays
+    return stream.take(index)
+
+
+def first(arrays: Arrays, names: Sequence[str], count: int | None = None) -> Arrays:
+    """The first rows of some of the arrays, or all rows."""
+    if isinstance(arrays, dict):
+        return {name: arrays[name][:count] for name in names}
+    stream: Any = arrays
+    return stream.only(names).take(np.arange(stream.num_data)[:count])
+
+
+def in_memory(arrays: Arrays, setting: str) -> dict[str, np.ndarray]:
+    """The arrays, read into memory.
+
+    Args:
+        arrays: any data.
+        setting: the option that takes fewer of them, for a message.
+
+    Raises:
+        DatasetError: they take more than half of the memory.
+    """
+    size = sum(array.dtype.itemsize * math.prod(array.shape) for array in arrays.values())
+    expected = f"at most {half_of_memory():,} bytes of data that are looked at as a whole"
+    remedy = f"give fewer with --{setting.replace('_', '-')}"
+    _require(size <= half_of_memory(), "dataset", expected, f"{size:,}", remedy)
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def pieces(x: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """An array or a column of a stream piece by piece, each with the number of its first row."""
+    size = max(1, PIECE_BYTES // max(1, x.dtype.itemsize * math.prod(x.shape[1:])))
+    for start in range(0, len(x), size):
+        if isinstance(x, np.ndarray):
+            yield start, np.asarray(x[start : start + size])
+        else:
+            rows = np.arange(start, min(start + size, len(x)))
+            yield start, x.stream.rows(rows)[x.name]
+
+
+def extent(x: Any, axis: int | None = None) -> tuple[Any, Any]:
+    """The least and the greatest number, of all or of each column. NaN if there is one."""
+    both = [(piece.min(axis), piece.max(axis)) for _, piece in pieces(x)]
+    low, high = zip(*both, strict=True)
+    return np.min(low, axis=0), np.max(high, axis=0)
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 def _dataset(
@@ -239,7 +322,7 @@ def _dataset(
     parts, kinds = [], []
     for end in ENDS:
         x, c = arrays.get(f"x{end}"), arrays.get(f"c{end}")
-        part = {} if x is None else {"x": _observations(x, f"{what}: x{end}")}
+        part: Any = {} if x is None else _observations(x, f"{what}: x{end}")
         if c is not None:
             part["c"] = _labels(c, f"{what}: c{end}", part["x"])
         parts.append(part)
@@ -265,7 +348,7 @@ def _dataset(
     if name not in SOURCES:
         order = np.random.default_rng(0).permutation(num_data)
     drawn = [
-        {key: value[np.sort(part)] for key, value in train.items()} if len(part) else {}
+        take(train, np.sort(part)) if len(part) else {}
         for part in np.split(order, (num_test, num_test + num_validation))
     ]
     test, validation, train = test or drawn[0], validation or drawn[1], drawn[2]
@@ -351,7 +434,9 @@ def _fetch(name: str, file: str, mirrors: list[str], progress: bool) -> Path:
 
 
 def _from_own(path: Path) -> Arrays:
-    content = _read(path, path, f"an {path.suffix} file", HALF_OF_MEMORY)
+    if _is_too_large(path):
+        return {"x": _mapped(path)}
+    content = _read(path, path, f"an {path.suffix} file", half_of_memory())
     if path.suffix == ".npy":
         return {"x": _array(content, f"{path}: x")}
     with _refusing(path, "an .npz file"):
@@ -382,25 +467,55 @@ def _unpacked(archive: zipfile.ZipFile, content: bytes, path: Path) -> list[byte
     expected, got = "what numpy.savez_compressed writes", "another compression"
     _require(kinds <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}, path, expected, got, "use it")
     size = sum(info.file_size for info in infos)
-    _require(size <= HALF_OF_MEMORY, path, f"at most {HALF_OF_MEMORY:,} bytes", f"{size:,}")
+    most = half_of_memory()
+    _require(size <= most, path, f"at most {most:,} bytes", f"{size:,}", _remedy(path))
     return [archive.open(info).read(info.file_size + 1) for info in infos]
+
+
+class _Header(NamedTuple):
+    """What the header of an .npy file says, and where the numbers begin."""
+
+    shape: tuple[int, ...]
+    order: Literal["C", "F"]
+    dtype: np.dtype
+    offset: int
+
+
+def _header(stream: io.BytesIO, num_bytes: int, what: str) -> _Header:
+    """Reads the header of an .npy file of so many bytes."""
+    version = np.lib.format.read_magic(stream)
+    read_header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
+    shape, is_fortran, dtype = read_header(stream)
+    got = "pickled objects" if dtype.hasobject else str(dtype)
+    _require(dtype.kind in "biuf", what, "an array of numbers", got, "save it as numbers")
+    _require(min(shape, default=1) > 0, what, "at least one number", f"shape {shape}", "add it")
+    size = stream.tell() + dtype.itemsize * math.prod(shape)
+    expected = f"{size:,} bytes, as its header promises"
+    _require(size == num_bytes, what, expected, f"{num_bytes:,}")
+    return _Header(shape, "F" if is_fortran else "C", dtype, stream.tell())
 
 
 def _array(content: bytes, what: str) -> Shaped[np.ndarray, "..."]:
     """Reads an .npy file. NumPy itself would take all the memory that the header promises."""
     with _refusing(what, "an array in NumPy's format"):
-        stream = io.BytesIO(content)
-        version = np.lib.format.read_magic(stream)
-        read_header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
-        shape, is_fortran, dtype = read_header(stream)
-        got = "pickled objects" if dtype.hasobject else str(dtype)
-        _require(dtype.kind in "biuf", what, "an array of numbers", got, "save it as numbers")
-        _require(min(shape, default=1) > 0, what, "at least one number", f"shape {shape}", "add it")
-        size = stream.tell() + dtype.itemsize * math.prod(shape)
-        expected = f"{size:,} bytes, as its header promises"
-        _require(size == len(content), what, expected, f"{len(content):,}")
-        array = np.frombuffer(content, dtype, offset=stream.tell())
-        return array.reshape(shape, order="F" if is_fortran else "C")
+        header = _header(io.BytesIO(content), len(content), what)
+        array = np.frombuffer(content, header.dtype, offset=header.offset)
+        return array.reshape(header.shape, order=header.order)
+
+
+def _is_too_large(path: Path) -> bool:
+    """Whether a file is an .npy file that is better left on the disk."""
+    return path.suffix == ".npy" and path.is_file() and path.stat().st_size > half_of_memory()
+
+
+def _mapped(path: Path) -> np.memmap:
+    """The array of an .npy file, left on the disk."""
+    what = f"{path}: x"
+    with _refusing(what, "an array in NumPy's format"):
+        with path.open("rb") as file:
+            beginning = io.BytesIO(file.read(HEADER_BYTES))
+        header = _header(beginning, path.stat().st_size, what)
+        return np.memmap(path, header.dtype, "r", header.offset, header.shape, header.order)
 
 
 class _Table(NamedTuple):
@@ -418,7 +533,7 @@ class _Table(NamedTuple):
 
 def _read_csv(path: Path) -> _Table:
     """A line of names, then lines of numbers."""
-    content = _read(path, path, "a .csv file", HALF_OF_MEMORY // 4)  # numbers take more than text
+    content = _read(path, path, "a .csv file", half_of_memory() // 4)  # numbers take more than text
     with _refusing(path, "lines of numbers with commas between, below a line of names"):
         lines = csv.reader(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline=""))
         names = [name.strip() for name in next(lines, [])]
@@ -482,33 +597,54 @@ def _numbers(row: list[str], names: list[str], where: str) -> list[float]:
     return numbers
 
 
-def _observations(x: np.ndarray, what: str) -> Images | Vectors:
-    """Checks images or a table, and makes them uint8 or float32."""
+def _observations(x: np.ndarray, what: str) -> dict[str, Images | Vectors] | Stream:
+    """Checks images or a table, and makes them uint8 or float32. A mapped file becomes a stream."""
     expected = "images (N, H, W) or (N, H, W, C), or a table (N, D)"
     _require(x.ndim in (2, 3, 4), what, expected, f"shape {x.shape}", "reshape them")
-    return _vectors(x, what) if x.ndim == 2 else _images(x, what)
+    check, convert = (_check_table, _as_table) if x.ndim == 2 else (_check_images, _as_images)
+    check(x, what)
+    return _streamed(x, convert) if isinstance(x, np.memmap) else {"x": convert(x)}
 
 
-def _vectors(x: np.ndarray, what: str) -> Vectors:
+def _streamed(x: np.memmap, convert: Callable[[np.ndarray], np.ndarray]) -> Stream:
+    """A stream of a mapped array whose rows are converted when they are read."""
+    import jax
+
+    from inference._streams import Stream, memory_mapped
+
+    raw = memory_mapped({"x": x})
+    shape = jax.ShapeDtypeStruct(x.shape, convert(x[:1]).dtype)
+    return Stream(lambda index: {"x": convert(raw.read(index)["x"])}, {"x": shape})
+
+
+def _check_table(x: np.ndarray, what: str) -> None:
+    for start, piece in pieces(x):
+        wrong = np.argwhere(~np.isfinite(_as_table(piece)))
+        if wrong.size:
+            row, column = wrong[0]
+            where = f"{piece[row, column]:g} in row {start + row}, column {column} (from 0)"
+            remedy = "fill in what is missing, or leave the row or the column out"
+            _require(False, what, "finite numbers that float32 holds", where, remedy)
+
+
+def _as_table(x: np.ndarray) -> Vectors:
     with np.errstate(over="ignore"):
-        numbers = np.require(x, np.float32, ["C", "A", "W"])
-    wrong = np.argwhere(~np.isfinite(numbers))
-    if wrong.size:
-        row, column = wrong[0]
-        where = f"{x[row, column]:g} in row {row}, column {column} (from 0)"
-        remedy = "fill in what is missing, or leave the row or the column out"
-        _require(False, what, "finite numbers that float32 holds", where, remedy)
-    return numbers
+        return np.require(x, np.float32, ["C", "A", "W"])
 
 
-def _images(x: np.ndarray, what: str) -> Images:
+def _check_images(x: np.ndarray, what: str) -> None:
+    if x.dtype in (bool, np.uint8):
+        return
     divide = "divide by the largest value that a pixel can have, such as 255 or 65535"
+    _require(x.dtype.kind == "f", what, "uint8, bool or floats in [0, 1]", str(x.dtype), divide)
+    low, high = extent(x)
+    got, remedy = f"{low:g} to {high:g}", f"replace what is not finite, and {divide}"
+    _require(0 <= low <= high <= 1, what, "floats in [0, 1]", got, remedy)
+
+
+def _as_images(x: np.ndarray) -> Images:
     if x.dtype == bool:
         x = (x.view(np.uint8) > 0) * np.uint8(255)
-    if x.dtype != np.uint8:
-        _require(x.dtype.kind == "f", what, "uint8, bool or floats in [0, 1]", str(x.dtype), divide)
-        got, remedy = f"{x.min():g} to {x.max():g}", f"replace what is not finite, and {divide}"
-        _require(0 <= x.min() <= x.max() <= 1, what, "floats in [0, 1]", got, remedy)
     return np.require(x, np.uint8 if x.dtype == np.uint8 else np.float32, ["C", "A", "W"])
 
 
@@ -529,7 +665,7 @@ def _read(
     got = "a directory" if os.path.isdir(path) else "no file there"
     _require(os.path.isfile(path), what, expected, got, "give the path of a file")
     size, most = os.path.getsize(path), f"at most {max_bytes:,} bytes"
-    _require(size <= max_bytes, what, most, f"{size:,}", f"{ANEW}, or give less")
+    _require(size <= max_bytes, what, most, f"{size:,}", _remedy(path))
     with _refusing(what, expected):
         content = Path(path).read_bytes()
         if sha256 is None:
@@ -543,6 +679,13 @@ def _read(
     got = f"{files.get(found, kind)} ({len(content):,} bytes, {found})"
     _require(found == sha256, what, f"{expected} with SHA-256 {sha256}", got)
     return content
+
+
+def _remedy(path: str | Path) -> str:
+    """What to do about a file that is too large."""
+    if Path(path).suffix in (".npz", ".csv"):
+        return "save x by numpy.save as an .npy file, which is read piece by piece, or give less"
+    return f"{ANEW}, or give less"
 
 
 @contextlib.contextmanager

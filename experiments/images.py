@@ -19,7 +19,7 @@ from numpyro.infer.elbo import ELBO
 from tabulate import tabulate
 
 from experiments import pictures
-from experiments.datasets import Dataset, Record, load
+from experiments.datasets import Dataset, Record, first, load
 from experiments.experiment import DataTree, Experiment, Figure, Fits
 from experiments.runner import fit_anew, number
 from experiments.settings import Machines, check_fraction, check_known, check_least, check_positive
@@ -82,7 +82,8 @@ class Config(Machines):
 
     Attributes:
         dataset: Data set: mnist, svhn, digits, the path of your own .npz, .npy or .csv file, or
-            auto. auto is MNIST if it can be loaded, and else digits.
+            auto. auto is MNIST if it can be loaded, and else digits. An .npy file larger than half
+            of the memory is read piece by piece.
         data_dir: Directory with the data set's files, compressed or not, to read offline.
         num_validation: Images held out of the training. Default: the data set's usual number. The
             encoder per-datum holds out none, because it knows the training images alone.
@@ -222,15 +223,11 @@ class Config(Machines):
 
     def _first(self, dataset: Dataset, names: Sequence[str]) -> Dataset:
         """As many data as were asked for, of the arrays ``names``."""
-
-        def first(arrays: dict[str, np.ndarray], count: int | None) -> dict[str, np.ndarray]:
-            return {name: arrays[name][:count] for name in names}
-
         return replace(
             dataset,
-            train=first(dataset.train, self.num_train),
-            validation=dataset.validation and first(dataset.validation, None),
-            test=first(dataset.test, self.num_test),
+            train=first(dataset.train, names, self.num_train),
+            validation=dataset.validation and first(dataset.validation, names),
+            test=first(dataset.test, names, self.num_test),
         )
 
     def model(self, record: Record) -> vae.Model:
@@ -364,7 +361,7 @@ def judge(config: Config, data: Dataset, fits: Fits) -> Judged:
     if config.encoder == "per-datum":
         model: Any = fitted.model
         guide = config.make_guide(model, len(test["x"]))
-        fitted = fit_anew(fitted, guide, test, config.seed, progress)
+        fitted = fit_anew(fitted, guide, test, config)
     elif isinstance(config, LabelConfig) and "c" in test:
         labels = label_check(
             fitted,

@@ -35,7 +35,8 @@ from jax import random
 from jaxtyping import Float
 from tabulate import tabulate
 
-from experiments.datasets import Record, load
+from experiments.datasets import Record, in_memory, load, pieces
+from experiments.datasets import first as first_rows
 from experiments.experiment import Data, DataTree, Experiment, Figure, Fits
 from experiments.runner import number, run
 from experiments.settings import Machines, check_fraction, check_least, check_positive, command_line
@@ -123,11 +124,15 @@ def images(config: Config) -> Data:
         config.dataset, data_dir=config.data_dir, num_validation=0, progress=config.progress
     )
     dataset = replace(
-        dataset, train={name: array[: config.num_train] for name, array in dataset.train.items()}
+        dataset,
+        train=in_memory(
+            first_rows(dataset.train, list(dataset.train), config.num_train), "num_train"
+        ),
     )
     x, test = dataset.train["x"], dataset.test["x"]
     white = np.float32(255 if x.dtype == np.uint8 else 1)
-    shift = (test.mean(0, dtype=np.float64) / white).astype(np.float32)
+    total = sum(piece.sum(0, dtype=np.float64) for _, piece in pieces(test))
+    shift = (total / len(test) / white).astype(np.float32)
     data = {"x": x.astype(np.float32) / white - shift}
     if config.given_label:
         if dataset.num_classes is None:

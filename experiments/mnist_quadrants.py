@@ -23,7 +23,7 @@ from numpyro.infer.elbo import ELBO
 from tabulate import tabulate
 
 from experiments import pictures, runs
-from experiments.datasets import Dataset, Record, load
+from experiments.datasets import Dataset, Record, first, in_memory, load
 from experiments.experiment import DataTree, Experiment, Figure, Fits
 from experiments.images import judging_key
 from experiments.runner import number, run, run_many
@@ -160,9 +160,9 @@ class Config(Machines):
             raise ValueError(f"dataset: expected validation images, and {dataset.name} has none")
         return replace(
             dataset,
-            train={"x": dataset.train["x"][: self.num_train]},
-            validation={"x": dataset.validation["x"]},
-            test={"x": dataset.test["x"][: self.num_test]},
+            train=first(dataset.train, ["x"], self.num_train),
+            validation=in_memory(first(dataset.validation, ["x"]), "num_validation"),
+            test=in_memory(first(dataset.test, ["x"], self.num_test), "num_test"),
         )
 
     def model(self, record: Record) -> Model:

@@ -11,6 +11,8 @@ from jax import random
 
 from experiments.experiment import Figure
 from inference import Fit, Prepared, decode, encode, interpolate, sample_prior_predictive, traverse
+from inference._streams import piece_of
+from inference.sites import length
 
 Latents = Mapping[str, Any]  # by site, (seed, datum, ...)
 Z_UNITS = "prior standard deviations"
@@ -121,7 +123,7 @@ def reconstructions(
         words: as in ``elbo_traces``.
         latents: the guide's means for these data. ``encode`` gives them by default.
     """
-    one, first = result.isel(seed=0), Prepared({n: a[:12] for n, a in test.items()})
+    one, first = result.isel(seed=0), _first(test)
     z = encode(one, first) if latents is None else {n: a[:1, :12] for n, a in latents.items()}
     means = _means(one, z, first.get("c"))
     return grid(
@@ -208,6 +210,7 @@ def interpolations(
     Args:
         result, test, words, latents: as in ``reconstructions``.
     """
+    test = test if "c" in test else _first(test)
     one, x, c = result.isel(seed=0), np.asarray(test["x"]), test.get("c")
     z = encode(one, Prepared(test)) if latents is None else latents
     pairs = np.arange(len(x))[:12].reshape(-1, 2) if c is None else []
@@ -226,6 +229,11 @@ def interpolations(
         x_label="share of the second latent",
         y_label="pairs of test images" if c is None else "pairs of test images of one label",
     )
+
+
+def _first(test: Mapping[str, Any]) -> Prepared:
+    """The first twelve data. Of a stream only they are read."""
+    return Prepared(piece_of(test, 0, min(12, length(test))))
 
 
 def _means(result: Fit, latents: Latents, c: Any) -> np.ndarray:

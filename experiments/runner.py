@@ -21,7 +21,7 @@ from experiments.compiled import keep_compiled
 from experiments.experiment import Experiment, Fits
 from experiments.precision import full_precision
 from experiments.settings import to_json
-from inference import Estimate, Fit, Held, Prepared, fit
+from inference import Estimate, Fit, Held, fit
 from inference.fit import programs_of
 from inference.sites import length, preparation
 
@@ -225,7 +225,7 @@ def _num_parameters(fitted: Fit) -> int:
     return sum(p.size for p in jax.tree.leaves(trained)) // fitted.num_seeds
 
 
-def fit_anew(fitted: Fit, guide: Any, test: Prepared, seed: int, progress: bool) -> Fit:
+def fit_anew(fitted: Fit, guide: Any, test: Mapping[str, Any], config: Any) -> Fit:
     """A fit of the test data, if the guide has a table of numbers for the training data.
 
     All parameters stay as they are, but each seed gets a new table.
@@ -233,9 +233,8 @@ def fit_anew(fitted: Fit, guide: Any, test: Prepared, seed: int, progress: bool)
     Args:
         fitted: the fit of the training data.
         guide: the same guide, with a table for the test data.
-        test: the test data.
-        seed: the random seed.
-        progress: whether to show progress.
+        test: the test data, prepared.
+        config: the settings: ``seed``, ``progress`` and the devices.
     """
     if "encoder" not in fitted.params:
         return fitted
@@ -248,8 +247,9 @@ def fit_anew(fitted: Fit, guide: Any, test: Prepared, seed: int, progress: bool)
             test,
             optimizer=optax.adam(optax.cosine_decay_schedule(0.05, PER_DATUM_STEPS)),
             num_steps=PER_DATUM_STEPS,
-            seed=seed,
-            progress=progress,
+            seed=config.seed,
+            mesh=devices.mesh_of(config, 1, length(test), fewer=True),
+            progress=config.progress,
         )
         anew.append(one)
     tables = jax.tree.map(lambda *params: jnp.concatenate(params), *(one.params for one in anew))

@@ -41,6 +41,7 @@ from filelock import FileLock, Timeout
 from tabulate import tabulate
 from tyro.conf import Positional
 
+from experiments.datasets import is_streamed, pieces
 from experiments.experiment import DataTree, Experiment, Fit
 from experiments.settings import command_line, from_json, to_json
 
@@ -429,12 +430,14 @@ def splits(data: Any) -> dict[str, Mapping[str, Any]]:
 
 
 def describe_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """The type, shape and hash of each array."""
+    """The type, shape and hash of each array. A stream has those of the array that it reads."""
     described = {}
     for name, array in arrays.items():
-        array = np.ascontiguousarray(array)
-        digest = hashlib.sha256(array.data).hexdigest()[:16]
-        described[name] = f"{array.dtype}{list(array.shape)} sha256:{digest}"
+        array = array if is_streamed(arrays) else np.atleast_1d(array)
+        digest = hashlib.sha256()
+        for _, piece in pieces(array):
+            digest.update(np.ascontiguousarray(piece).data)
+        described[name] = f"{array.dtype}{list(array.shape)} sha256:{digest.hexdigest()[:16]}"
     return described
 
 

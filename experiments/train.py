@@ -53,7 +53,6 @@ from inference import (
     ElboTerms,
     Estimate,
     Fit,
-    Prepared,
     ProgramError,
     elbo_terms,
     log_likelihood,
@@ -65,7 +64,7 @@ from inference import (
 )
 from inference.evaluation import FEWEST_FOR_TAIL
 from inference.fit import programs_of
-from inference.sites import data_plates, length, outline, preparation
+from inference.sites import abstract, data_plates, length, outline, preparation
 from models import guides
 
 ENCODERS = ("network", "per-datum")
@@ -87,7 +86,7 @@ class Config(Machines):
             dataclass or an instance.
         dataset: File with the data, .npz, .npy or .csv. Each array, or each column of a .csv file,
             goes to the argument of its name. The array of an .npy file is x. The first axis is the
-            datum.
+            datum. An .npy file larger than half of the memory is read piece by piece.
         set: Fields of the dataclass or arguments of the function, such as num_latents=3.
         guide: Family of the guide: mean-field, structured, low-rank, full-covariance, flow, prior
             or semi-amortised.
@@ -357,9 +356,9 @@ class Data:
     """Arrays by name, for training, validation and test. Nothing is held out where it is empty."""
 
     record: Record
-    train: dict[str, np.ndarray]
-    validation: dict[str, np.ndarray]
-    test: dict[str, np.ndarray]
+    train: Mapping[str, Any]
+    validation: Mapping[str, Any]
+    test: Mapping[str, Any]
 
 
 def load_data(config: Config) -> Data:
@@ -377,7 +376,9 @@ def load_data(config: Config) -> Data:
         for split in ("validation", "test")
     }
     ends = {f"{name}_{split}" for split, some in given.items() for name in some}
-    train = {name: array for name, array in arrays.items() if name not in ends}
+    train = arrays
+    if ends:
+        train = {name: array for name, array in arrays.items() if name not in ends}
     _check_lengths(f"{path}", train)
     for split, some in given.items():
         if some:
@@ -388,7 +389,7 @@ def load_data(config: Config) -> Data:
                 f"{getattr(config, split)}; leave one out"
             )
     rows = np.random.default_rng(0).permutation(length(train))
-    parts = dict(given)
+    parts: dict[str, Mapping[str, Any]] = dict(given)
     for split in ("test", "validation"):
         fraction = getattr(config, split)
         if fraction is None:
@@ -401,18 +402,18 @@ def load_data(config: Config) -> Data:
                 f"{len(rows)}; give another with --{split}, 0 holds out none"
             )
         if count:
-            parts[split] = {n: array[np.sort(rows[:count])] for n, array in train.items()}
+            parts[split] = datasets.take(train, np.sort(rows[:count]))
         rows = rows[count:]
     if config.encoder == "per-datum" and parts["validation"]:
         raise ValueError(
             f"encoder: expected network with held-out data, since {path} has some for validation, "
             f"got per-datum; leave one out"
         )
-    train = {name: array[np.sort(rows)] for name, array in train.items()}
+    train = datasets.take(train, np.sort(rows))
     return Data(Record(path.name, len(rows)), train, **parts)
 
 
-def _check_lengths(what: str, arrays: Mapping[str, np.ndarray]) -> None:
+def _check_lengths(what: str, arrays: Mapping[str, Any]) -> None:
     if any(array.ndim == 0 for array in arrays.values()) or len({*map(len, arrays.values())}) > 1:
         got = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise ValueError(
@@ -457,11 +458,12 @@ def training(config: Config, data: Data, name: str, fits: Fits) -> dict[str, Any
     }
 
 
-def _takes(model: Any, data: Mapping[str, np.ndarray]) -> tuple[bool, bool]:
+def _takes(model: Any, data: Mapping[str, Any]) -> tuple[bool, bool]:
     """Whether the model has a plate for its data, and whether it runs with any number of them."""
     prepare = preparation(model)
     try:
-        batch = data if prepare is None else jax.eval_shape(prepare, random.key(0), dict(data))
+        shapes = abstract(data) if datasets.is_streamed(data) else dict(data)
+        batch = shapes if prepare is None else jax.eval_shape(prepare, random.key(0), shapes)
         return bool(data_plates(model, **batch)), outline(model, batch).any_length
     except Exception:  # fit runs it too, and says what is wrong
         return True, False
@@ -502,7 +504,7 @@ def judge(config: Config, data: Data, fits: Fits) -> Judged:
     if data.test and config.encoder == "per-datum":
         record = dataclasses.replace(data.record, num_data=length(judged))
         guide = with_guide(config, record, fitted.model)[1]
-        fitted = fit_anew(fitted, guide, judged, config.seed, config.progress)
+        fitted = fit_anew(fitted, guide, judged, config)
     draws = {"num_samples": config.num_samples, "progress": config.progress}
     if data.test and not known.has_globals:
         elbo = pointwise_elbo if known.summed else elbo_terms
@@ -514,7 +516,9 @@ def judge(config: Config, data: Data, fits: Fits) -> Judged:
     return Judged(tuple(numbers), _posterior(config, fitted, judged, key))
 
 
-def _posterior(config: Config, fitted: Fit, judged: Prepared, key: Any) -> dict[str, Any] | None:
+def _posterior(
+    config: Config, fitted: Fit, judged: Mapping[str, Any], key: Any
+) -> dict[str, Any] | None:
     """Draws of the global sites, or else one draw for each datum."""
     known = programs_of(fitted, fitted.batch)
     shared = [name for name in known.latents if name in known.globals]

@@ -27,7 +27,7 @@ import scipy.io
 from experiments import datasets
 from experiments.datasets import DatasetError, Record, load
 
-MAX_BYTES, HALF_OF_MEMORY = datasets.MAX_BYTES, datasets.HALF_OF_MEMORY
+MAX_BYTES, HALF_OF_MEMORY = datasets.MAX_BYTES, datasets.half_of_memory()
 GIVEN = os.environ.get("GUIDEBOOK_DATA")
 TRAIN_X, TRAIN_C, TEST_X, TEST_C = datasets.MNIST
 TRAIN_MAT, TEST_MAT = datasets.SVHN
@@ -115,7 +115,7 @@ def _nothing_of_the_users(tmp_path, monkeypatch, nobody):
     monkeypatch.setenv("NO_PROXY", "*")
     refusing = (f"{nobody}{{}}.gz", f"{nobody}too/{{}}.gz")
     monkeypatch.setattr(datasets, "MIRRORS", dict.fromkeys(datasets.MIRRORS, refusing))
-    monkeypatch.setattr(datasets, "HALF_OF_MEMORY", 10**9)
+    monkeypatch.setattr(datasets, "half_of_memory", lambda: 10**9)
     monkeypatch.setattr(datasets, "MAX_BYTES", 2**20)
 
 
@@ -1309,7 +1309,7 @@ def test_npz_that_is_bad_is_an_error_and_takes_no_memory(tmp_path, kind):
 
 
 def test_a_zip_bomb_is_refused_by_its_header(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "HALF_OF_MEMORY", 10**7)
+    monkeypatch.setattr(datasets, "half_of_memory", lambda: 10**7)
     path = zipped(tmp_path / "mine.npz", x=npy_header((10**5, 10, 10)) + bytes(10**7))
     assert path.stat().st_size < 20_000
 
@@ -1374,11 +1374,12 @@ def test_damaged_npy_is_an_error_or_what_numpy_reads(tmp_path):
     assert 0 < num_read < 500  # a pixel or a blank may change
 
 
-def test_an_own_file_larger_than_half_of_memory_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "HALF_OF_MEMORY", len(RAW) - 1)
-    path = write(tmp_path / "mine.npy", RAW)
+@pytest.mark.parametrize("suffix", ["npz", "csv"])
+def test_another_file_larger_than_half_of_memory_says_how_to_stream(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(datasets, "half_of_memory", lambda: 8)
+    path = write(tmp_path / f"mine.{suffix}", RAW)
     with pytest.raises(
-        DatasetError, match=r"mine.npy: expected at most 208 bytes, got 209; .*less"
+        DatasetError, match=rf"mine.{suffix}: expected at most .*, got 209; save x by .* \.npy file"
     ):
         load(str(path))
 
