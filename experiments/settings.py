@@ -27,8 +27,8 @@ class Machines:
     Attributes:
         devices: Number of devices to use, or all. With several processes, devices of each process.
             Seeds are spread over them first, and batches over the rest.
-        coordinator: HOST:PORT of process 0, if several processes train one run. Each of them gets
-            the same command with a process id of its own.
+        coordinator: Address of process 0, HOST:PORT, if several processes train one run. Each of
+            them gets the same command with a process id of its own.
         num_processes: Number of processes that train one run.
         process_id: Number of this process, from 0. Process 0 prints and writes.
         distributed: Whether to find the other processes by SLURM, Kubernetes or MPI.

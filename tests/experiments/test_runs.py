@@ -89,8 +89,9 @@ def test_a_run_is_opened_again(opened, finished):
     np.testing.assert_array_equal(tree["sample_stats"].chain.values, opened.fit.seeds)
     judged = tree["evaluation"].elbo.values.mean(1)
     np.testing.assert_allclose(judged, finished.result["elbo"]["per_seed"], rtol=1e-5)
-    saved = np.load(finished.path / "fits" / opened.experiment.main(opened.config) / "arrays.npz")
-    arrays = [a for a in saved.values() if a.dtype.kind == "f"]
+    path = finished.path / "fits" / opened.experiment.main(opened.config) / "arrays.npz"
+    with np.load(path) as saved:
+        arrays = [a for a in saved.values() if a.dtype.kind == "f"]
     for leaf in jax.tree.leaves(opened.fit.params):
         assert any(a.shape == leaf.shape and (a == leaf).all() for a in arrays)
 
