@@ -153,6 +153,7 @@ def test_a_run_has_the_same_bits(tmp_path, rng, much_memory):
         assert one == other
 
 
+@pytest.mark.slow
 def test_an_own_program_has_the_same_bits(tmp_path, rng, much_memory):
     np.save(tmp_path / "mine.npy", rng.normal(size=(300, 2)))
     (tmp_path / "mine.py").write_text(PROGRAM)
