@@ -81,7 +81,7 @@ def test_the_runner_asks_for_float32(default):
         raise Begun
 
     with pytest.raises(Begun):
-        runner.run(replace(exact.EXPERIMENT, data=data), None)
+        runner.run(replace(exact.EXPERIMENT, data=data), exact.Config())
     assert getattr(jax.config, SETTING) == "highest"
 
 

@@ -119,7 +119,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        name if name in ("everything", "missing") else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+    ],
+)
 def test_streamed_bits_are_those_of_data_in_memory(case, small_windows, tmp_path):
     settings = {"optimizer": optax.adam(0.3)} | CASES[case]
     data = settings.pop("data", DATA)
@@ -131,7 +137,7 @@ def test_streamed_bits_are_those_of_data_in_memory(case, small_windows, tmp_path
     assert_same_bits(run(source, **settings), in_memory)
     if case == "patience":
         assert len(set(in_memory.info["num_steps"])) > 1  # some seed stops before the others
-    if case == "plain":  # the next window is read while the device computes
+    if case == "everything":  # the next window is read while the device computes
         assert any(name.startswith("stream") for name in source.threads)
 
 
@@ -141,6 +147,7 @@ def masked_guide(c, x, x_mask):
         numpyro.sample("z", dist.Normal(loc[0] * (x * x_mask).sum(1) + loc[1], 1.0))
 
 
+@pytest.mark.slow
 def test_a_stream_may_be_a_part_of_a_file_or_hold_out_data(small_windows, tmp_path):
     mapped = memory_mapped(tmp_path)
     part = {"c": C, "x": mapped["x"][:]}  # one array in memory, one in a file
@@ -151,13 +158,23 @@ def test_a_stream_may_be_a_part_of_a_file_or_hold_out_data(small_windows, tmp_pa
     assert_same_bits(streamed, in_memory)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_the_same_bits(small_windows, tmp_path):
     once = run(DATA, num_steps=60)
     half = run(memory_mapped(tmp_path), num_steps=25)
     assert_same_bits(run(memory_mapped(tmp_path), num_steps=35, init=half), once)
 
 
-@pytest.mark.parametrize("wrong", [OSError("disk"), {"c": 1, "x": np.zeros(3)}, {"c": 1}, 3])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        OSError("disk"),
+        *(
+            pytest.param(record, marks=pytest.mark.slow)
+            for record in ({"c": 1, "x": np.zeros(3)}, {"c": 1}, 3)
+        ),
+    ],
+)
 def test_a_row_that_fails_on_the_way_keeps_what_was_learnt(wrong, small_windows, tmp_path):
     def late(source, number):
         return source.reads > 450 and number == 77
@@ -167,8 +184,9 @@ def test_a_row_that_fails_on_the_way_keeps_what_was_learnt(wrong, small_windows,
     stopped = error.value.fit
     (steps,) = stopped.info["num_steps"]
     assert 0 < steps < 40
-    assert_same_bits(run(Source(DATA), checkpoint=tmp_path / "run"), run(DATA))
-    assert_same_bits(run(Source(DATA), init=stopped, num_steps=40 - steps), run(DATA))
+    whole = run(DATA)
+    assert_same_bits(run(Source(DATA), checkpoint=tmp_path / "run"), whole)
+    assert_same_bits(run(Source(DATA), init=stopped, num_steps=40 - steps), whole)
 
 
 def test_a_file_that_becomes_shorter_is_an_error_and_no_crash(small_windows, tmp_path):
@@ -226,6 +244,7 @@ def test_draws_are_judged_on_a_stream(fitted):
     np.testing.assert_array_equal(streamed["x"], in_memory["x"])
 
 
+@pytest.mark.slow
 def test_plain_data_are_judged_as_they_are(tmp_path):
     plain, mapped = run(DATA, num_steps=2), memory_mapped(tmp_path)
     for data in (mapped, Source(DATA), Prepared(mapped)):
