@@ -34,7 +34,7 @@ class ProcessError(RuntimeError):
 
 
 class LostProcessError(ProcessError):
-    """Another process has ended without a word, and JAX would wait for it in vain."""
+    """Another process has ended and said nothing. JAX would wait for it in vain."""
 
 
 # --- processes ------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class InMemory:
 
 
 class Streamed:
-    """Data of which a window is on the devices, and the next is on its way.
+    """Streamed data. One window is on the devices, and the next is on its way.
 
     Args:
         stream: the data.

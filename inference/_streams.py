@@ -82,10 +82,12 @@ class Stream(Mapping[str, Any]):
 
     def only(self, names: Sequence[str]) -> "Stream":
         """A stream of some of the arrays."""
-        return Stream(
-            lambda index: {name: self.read(index)[name] for name in names},
-            {name: self.shapes[name] for name in names},
-        )
+
+        def read(index: Index) -> Rows:
+            found = self.read(index)
+            return {name: found[name] for name in names}
+
+        return Stream(read, {name: self.shapes[name] for name in names})
 
     def __getitem__(self, name: str) -> "Column":
         return Column(self, name, self.shapes[name])
@@ -168,7 +170,7 @@ def piece_of(arrays: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]
 
 
 class PreparedStream(Stream):
-    """A stream whose rows are prepared as they are read.
+    """A stream that prepares its rows when it reads them.
 
     Args:
         source: the description of the data before, as ``Prepared`` has it.
@@ -197,8 +199,8 @@ def prepare_blocks(
 ) -> Mapping[str, Any]:
     """The data, prepared block by block: in memory at once, of a stream when they are read.
 
-    Each block has a key of its own, folded from its number. The first has ``key`` itself. So a row
-    has the same values in memory and in a stream.
+    Each block has its own key: ``key`` folded with the block's number. The first has ``key``
+    itself. So a row has the same values in memory and in a stream.
 
     Args:
         prepare: (key, batch) -> batch. None leaves the data as they are.
@@ -247,7 +249,7 @@ def _on_device(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def memory_mapped(arrays: Mapping[str, Any]) -> Stream:
-    """A stream of arrays of which one or more are memory-mapped."""
+    """A stream of arrays. At least one is memory-mapped."""
     shapes = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in arrays.items()}
     plain = {name: np.asarray(array) for name, array in arrays.items()}  # without memmap's own code
     files = {name: _File.of(a) for name, a in arrays.items() if isinstance(a, np.memmap)}

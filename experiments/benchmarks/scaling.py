@@ -56,7 +56,7 @@ class Config:
         rounds: How often each time is measured. The least counts.
         out: The page to write.
         figure: The figure to write.
-        worker: For the script itself: what one of two processes is to measure, as JSON.
+        worker: For the script itself: the task of one of its two processes, as JSON.
     """
 
     num_steps: int = 60
@@ -351,7 +351,8 @@ All-reduces of 1 kB and of 8 MB set the last ones.
 ## Predictions beside measurements
 
 No measurement of this table set a constant. CPU devices share {cores} cores: more of them cannot be
-faster. What the table tests is the cost of splitting.
+faster. What the table tests is the cost of splitting. The predictions are {least:.2f} to
+{greatest:.2f} of the measurements.
 
 {compared}
 
@@ -382,6 +383,8 @@ def page(known: Constants, compared: list[Compared]) -> str:
         cores=known.cores,
         constants=_table_of_constants(known),
         compared=_table_of_comparisons(compared),
+        least=min(c.predicted / c.measured for c in compared),
+        greatest=max(c.predicted / c.measured for c in compared),
         boxes=_table_of_boxes(box, parameters),
         flops=box.flops / 1e12,
         speed=box.speed / 1e9,
@@ -460,6 +463,9 @@ def figure(compared: list[Compared]) -> Figure:
     ends = [min(times), max(times)]
     axes.plot(ends, ends, color="0.6", label="predicted = measured")
     axes.set(xscale="log", yscale="log", xlabel="measured step (ms)", ylabel="predicted step (ms)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     axes.set_title("Time of a step; the numbers count devices")
     axes.legend()
     return drawn

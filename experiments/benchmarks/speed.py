@@ -18,6 +18,7 @@ import itertools
 import math
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -350,6 +351,29 @@ def binarize_plainly(key, batch):
     return {"x": random.bernoulli(key, grey).astype(jnp.float32)}
 
 
+def mapped(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same arrays in files without a name."""
+    found = {}
+    for name, array in arrays.items():
+        with tempfile.TemporaryFile() as file:  # mapped, it outlives its closing
+            found[name] = np.memmap(file, array.dtype, "w+", shape=array.shape)
+        found[name][:] = array
+    return found
+
+
+@dataclass(frozen=True)
+class Source:
+    """The same arrays, one datum at a time."""
+
+    arrays: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        return {name: array[number] for name, array in self.arrays.items()}
+
+
 def vae_contestants(config: Config) -> Contestants:
     """The contestants on a VAE of MNIST's size, with their numbers of steps."""
     rng = np.random.default_rng(0)
@@ -365,6 +389,8 @@ def vae_contestants(config: Config) -> Contestants:
         "hand-written scan, random.bernoulli": (plain(prepare=binarize_plainly), steps),
         TUNED: (tuned(prepare=partial(binarize, words=hashed_words)), steps),
         "fit": (by_fit(MODEL, GUIDE, images, **settings), steps),
+        "fit, memory-mapped array": (by_fit(MODEL, GUIDE, mapped(images), **settings), steps),
+        "fit, source": (by_fit(MODEL, GUIDE, Source(images), **settings), steps),
         "SVI.run on one batch (no data drawn, none binarised)": (
             by_svi_run(MODEL, GUIDE, batch, steps, False),
             steps,
