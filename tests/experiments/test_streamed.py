@@ -1,16 +1,22 @@
 """An own .npy file larger than half of the memory: its rows are read when they are needed."""
 
 import json
+import re
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from experiments import datasets, linear_gaussian, mnist_quadrants, mnist_vae, runs, train
 from experiments.datasets import DatasetError, load
+from experiments.settings import command_line
+from inference import _feeds
 
 SMALL = 4_000  # bytes. The files here are larger.
 SETTINGS = {"hidden": (8,), "num_latents": 2, "num_samples": 30, "batch_size": 20}
 SETTINGS |= {"num_epochs": 2, "num_test": 30, "progress": False}
+SCRIPT = {"hidden": 8, "num_latents": 2, "num_samples": 30, "batch_size": 5, "num_epochs": 40}
 PROGRAM = """
 import numpyro
 import numpyro.distributions as dist
@@ -190,3 +196,45 @@ def test_quadrants_keep_only_the_training_images_on_the_disk(tmp_path, rng):
     np.save(tmp_path / "mine.npy", images(rng, "u1"))
     data = mnist_quadrants.Config(dataset=str(tmp_path / "mine.npy")).data()
     assert is_streamed(data) == [True, False, False]
+
+
+@pytest.mark.slow
+def test_a_row_that_cannot_be_read_ends_the_run_which_then_goes_on(
+    tmp_path, rng, monkeypatch, capsys
+):
+    """The file is cut off while it is read, and put back. The bits are those of a whole run."""
+    path = tmp_path / "mine.npy"
+    np.save(path, images(rng, "u1"))
+    content, settings = (
+        path.read_bytes(),
+        [f"--{n.replace('_', '-')}={v}" for n, v in SCRIPT.items()],
+    )
+    reads, training = [], mnist_vae.EXPERIMENT.training
+
+    def cut_off(*arguments):
+        found = training(*arguments)
+        arguments[1].train.read = lambda index, read=arguments[1].train.read: (
+            reads.append(1),
+            path.write_bytes(content[:1000]) if len(reads) == 12 else None,
+            read(index),
+        )[2]
+        return found
+
+    monkeypatch.setattr(_feeds, "WINDOW_BYTES", 6_000)  # 40 steps are read at a time
+    words = ["script.py", f"--dataset={path}", "--no-progress", *settings]
+    with monkeypatch.context() as patch:
+        patch.setattr(mnist_vae, "EXPERIMENT", replace(mnist_vae.EXPERIMENT, training=cut_off))
+        patch.setattr(sys, "argv", [*words, f"--out={tmp_path / 'run'}"])
+        with pytest.raises(SystemExit) as caught:
+            command_line(mnist_vae.main, mnist_vae.Config)
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"error: data\['x'\]\[\d+\]: expected row .* in {path}, got a file that", line)
+    assert list((tmp_path / "run" / "checkpoints" / "fit").glob("[0-9]*"))
+    path.write_bytes(content)
+    results = []
+    for name in ("run", "whole"):
+        monkeypatch.setattr(sys, "argv", [*words, f"--out={tmp_path / name}"])
+        command_line(mnist_vae.main, mnist_vae.Config)
+        results.append(numbers(json.loads((tmp_path / name / "result.json").read_text())))
+    assert results[0] == results[1]
