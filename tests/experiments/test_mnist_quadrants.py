@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpyro import handlers
 
-from experiments import mnist_quadrants, pictures, runs
+from experiments import mnist_quadrants, pictures, runner, runs
 from experiments.mnist_quadrants import EXPERIMENT, PUBLISHED, ROWS, Config, main, table
 from inference import Fit, Hybrid, KLWarmUp, Prepared
 from models import guides
@@ -118,7 +118,7 @@ def test_what_each_fit_trains(opened):
 def test_all_is_each_of_them_in_a_directory_of_its_own(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        mnist_quadrants, "run", lambda _, config: asked.append(config) or {"of": config.quadrants}
+        runner, "run", lambda _, config: asked.append(config) or {"of": config.quadrants}
     )
     result = main(Config(quadrants="all", num_epochs=7, out=tmp_path / "run"))
     assert [config.quadrants for config in asked] == ["1", "2", "3"]
