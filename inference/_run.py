@@ -147,7 +147,7 @@ def compile_steps(inputs: Inputs, placed: Placed, began: float) -> Run:
     identity = {
         "versions": versions(),
         "device": describe_device(),
-        "mesh": None if plan.mesh is None else list(plan.mesh.shape.items()),
+        "mesh": None if plan.mesh is None else [list(axis) for axis in plan.mesh.shape.items()],
         "processes": jax.process_count(),
         "program": describe_program(lowered["advance"].as_text()),
         "shapes": [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(template)],

@@ -270,7 +270,7 @@ class _File:
     mapping: mmap.mmap
     start: int  # of row 0, in bytes
     row: int  # bytes from one row to the next
-    last: int  # bytes of a row
+    last: int  # bytes from the begin of a row to its end
 
     @classmethod
     def of(cls, array: np.memmap) -> "_File":
@@ -278,7 +278,8 @@ class _File:
         mapped = np.frombuffer(mapping, np.uint8)
         begins = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
         place = array.__array_interface__["data"][0] - mapped.__array_interface__["data"][0]
-        last = array.nbytes // max(1, len(array))
+        steps = zip(array.shape[1:], array.strides[1:], strict=True)
+        last = sum((size - 1) * step for size, step in steps) + array.itemsize
         return cls(str(array.filename), mapping, begins + place, array.strides[0], last)
 
     def check(self, name: str, index: Index) -> None:
@@ -286,7 +287,7 @@ class _File:
         size = self.mapping.size()
         most = int(index.max(initial=0))
         if size < self.start + most * self.row + self.last:
-            first = max(0, (size - self.start) // self.row)
+            first = max(0, (size - self.start - self.last) // self.row + 1)
             raise StreamError(
                 f"data[{name!r}][{first}]: expected row {first} in {self.path}, got a file that "
                 f"ends before it, after {size} bytes; put the whole file back and go on"

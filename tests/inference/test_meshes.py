@@ -151,6 +151,7 @@ def test_a_run_resumes_with_other_devices(tmp_path, alone):
     with pytest.warns(UserWarning, match="the run goes on, but mesh was None there and is"):
         result = run(mesh="seed", checkpoint=tmp_path / "run", validation=None)
     np.testing.assert_allclose(result.elbo, alone.elbo, rtol=1e-5)
+    run(mesh="seed", checkpoint=tmp_path / "run", validation=None)  # there again: no warning
 
 
 @pytest.mark.parametrize(

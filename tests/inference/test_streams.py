@@ -198,6 +198,17 @@ def test_a_file_that_becomes_shorter_is_an_error_and_no_crash(small_windows, tmp
         run({name: array[3:] for name, array in mapped.items()})
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rows_that_a_file_has_lost_are_known_in_either_order(order, tmp_path):
+    np.save(tmp_path / "x.npy", np.asarray(X, order=order))
+    stream = as_arrays({"x": np.load(tmp_path / "x.npy", mmap_mode="r")})
+    os.truncate(tmp_path / "x.npy", (tmp_path / "x.npy").stat().st_size - 4 * 10)
+    whole = N - (5 if order == "C" else 10)  # ten numbers: of the last five rows, or one column's
+    np.testing.assert_array_equal(stream.rows(np.arange(whole))["x"], X[:whole])
+    with pytest.raises(StreamError, match=rf"^data\['x'\]\[{whole}\]"):
+        stream.rows(np.array([whole]))
+
+
 # --- judging --------------------------------------------------------------------------------------
 
 
