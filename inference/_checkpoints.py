@@ -125,7 +125,7 @@ class Checkpoints:
             warnings.warn(
                 f"checkpoint {self._directory}: the run goes on, but {'; '.join(elsewhere)}; "
                 f"its numbers may differ in the last digits",
-                stacklevel=4,
+                stacklevel=5,
             )
         return found
 
