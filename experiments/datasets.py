@@ -607,7 +607,7 @@ def _observations(x: np.ndarray, what: str) -> dict[str, Images | Vectors] | Str
 
 
 def _streamed(x: np.memmap, convert: Callable[[np.ndarray], np.ndarray]) -> Stream:
-    """A stream of a mapped array whose rows are converted when they are read."""
+    """A stream of a mapped array. It converts each row when it reads it."""
     import jax
 
     from inference._streams import Stream, memory_mapped

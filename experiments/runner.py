@@ -177,7 +177,7 @@ def _finish(
 
 
 def _judged(experiment: Experiment, config: Any, data: Any, fits: Fits) -> _Written:
-    """What there is to say of the fits. Nothing is written."""
+    """What ``result.json`` says of the fits. Nothing is written."""
     judging = time.perf_counter()
     judged = experiment.judge(config, data, fits)
     settings, main = to_json(config), fits[experiment.main(config)]

@@ -1,7 +1,7 @@
 """How data come to the devices: all at once, or a window of batches at a time.
 
 A window travels while the devices compute on the one before. Both kinds of data answer
-``batch(settings, state, key)`` inside the compiled loop, and both give the same batches.
+``batch(settings, place, word)`` inside the compiled loop, and both give the same batches.
 """
 
 import functools

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer
 
+from inference.sites import abstract, length
+
 Index = Integer[np.ndarray, "..."]
 Rows = dict[str, np.ndarray]
 
@@ -153,7 +155,7 @@ def chunks(arrays: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]
 
 def full_batches(arrays: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
     """All data in batches of one size. The last begins earlier, so that it is full too."""
-    num_data = len(next(iter(arrays.values())))
+    num_data = length(arrays)
     for start in range(0, num_data, size):
         first = min(start, num_data - size)
         yield piece_of(arrays, first, first + size)
@@ -211,7 +213,7 @@ def prepare_blocks(
     if prepare is None:
         is_stream = isinstance(arrays, Stream)
         return PreparedStream(arrays.read, arrays.shapes, source) if is_stream else arrays
-    apply, num_data = jax.jit(prepare), len(next(iter(arrays.values())))
+    apply, num_data = jax.jit(prepare), length(arrays)
     entries = sum(int(np.prod(array.shape[1:])) for array in arrays.values())
     size = 2 ** max(0, (BLOCK_ENTRIES // max(1, entries)).bit_length() - 1)
 
@@ -224,7 +226,7 @@ def prepare_blocks(
         blocks = [block(number) for number in range(-(-num_data // size))]
         return {n: _joined([part[n] for part in blocks]) for n in blocks[0]}
     latest = functools.lru_cache(maxsize=1)(lambda number: jax.device_get(block(number)))
-    shapes = jax.eval_shape(prepare, key, {n: _on_device(s) for n, s in arrays.shapes.items()})
+    shapes = jax.eval_shape(prepare, key, abstract(arrays))
 
     def read(index: Index) -> Rows:
         found = {n: np.empty((len(index), *s.shape[1:]), s.dtype) for n, s in shapes.items()}
@@ -239,10 +241,6 @@ def prepare_blocks(
 
 def _joined(parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-
-def _on_device(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, jax.dtypes.canonicalize_dtype(shape.dtype))
 
 
 # --- memory-mapped arrays -------------------------------------------------------------------------

@@ -542,7 +542,7 @@ python {SCRIPT} --types float32 tensorfloat32 bfloat16
   Instructions of an inner loop count once. Of several branches the longest counts. XLA fuses
   otherwise for every device. On a GPU each kernel is about one launch.
 - The share of time in the compiled loop is measured around its calls. The rest is the host's. It is
-  an upper bound of the time in which the device is busy, because a GPU also waits between kernels.
+  an upper bound of the time in which the device is busy. A GPU also waits between kernels.
   JAX's profiler tells the time with a kernel on the GPU. It does not on a CPU ("-").
 - The share of the shuffle is the time to find the rows of a batch, in a loop of its own, divided by
   the time of a step.

@@ -325,7 +325,7 @@ class Box:
         return self.kernels * self.kernel + arithmetic + talk
 
     def pays_from(self, parameters: int) -> int:
-        """The least batch, a power of two, whose step is faster on all GPUs than on one."""
+        """The least power of two as a batch for which all GPUs are faster than one."""
         batch = self.count
         while self.step(batch, parameters, devices=self.count) >= self.step(batch, parameters):
             batch *= 2
