@@ -30,7 +30,7 @@ from inference._judges import (
 from inference._settings import require_whole
 from inference._summation import summed_log_weight
 from inference.fit import Fit
-from inference.sites import DataPlates, Program, elementwise_kl, length
+from inference.sites import DataPlates, Program, elementwise_kl, is_auxiliary, length
 
 DRAWS_AT_ONCE = 20  # of every datum of a batch, in memory together
 FEWEST_FOR_TAIL = 30  # draws: six of them make the smallest tail that ArviZ can fit
@@ -652,23 +652,42 @@ def _given_draws(
     draws: Mapping[str, Array],
 ) -> dict[str, Float[Array, "N draw"]]:
     """log p(x | z, c) by observed site."""
-    size = length(batch)
-
-    def one(latents: Mapping[str, Array]) -> dict[str, Array]:
-        values = dict(latents)
-        for name, axis in axes:
-            if axis is not None:
-                values[name] = jnp.moveaxis(values[name], 0, axis)
-        log_p, sites = compute_log_probs(
-            seed(model, key), (), dict(batch), dict(params) | values, sum_log_prob=False
-        )
-        return {
-            name: plates.sum_by_datum({name: log_p[name]}, sites, size)
-            for name, site in sites.items()
-            if name in log_p and site["is_observed"] and not site["infer"].get("is_auxiliary")
-        }
-
+    one = lambda latents: given_latents(model, plates, axes, params, key, batch, latents)  # noqa: E731
     return jax.tree.map(lambda x: x.T, lax.map(one, dict(draws)))
+
+
+def given_latents(
+    model: Program,
+    plates: DataPlates,
+    axes: tuple[tuple[str, int | None], ...],
+    params: PyTree,
+    key: Array,
+    batch: Mapping[str, Array],
+    latents: Mapping[str, Array],
+) -> dict[str, Float[Array, " N"]]:
+    """log p(x | z, c) of every datum at one value of the latents, by observed site.
+
+    Args:
+        model: a program.
+        plates: those that hold the data.
+        axes: each latent site, and the axis of its value along which the data lie.
+        params: its parameters and mutable state.
+        key: for private draws of the model.
+        batch: arrays of shape (N, ...).
+        latents: by site, the data first.
+    """
+    values = dict(latents)
+    for name, axis in axes:
+        if axis is not None:
+            values[name] = jnp.moveaxis(values[name], 0, axis)
+    log_p, sites = compute_log_probs(
+        seed(model, key), (), dict(batch), dict(params) | values, sum_log_prob=False
+    )
+    return {
+        name: plates.sum_by_datum({name: log_p[name]}, sites, length(batch))
+        for name, site in sites.items()
+        if name in log_p and site["is_observed"] and not is_auxiliary(site)
+    }
 
 
 def _mean_terms(

@@ -72,7 +72,7 @@ def sample_prior_predictive(
     """
     require_fit(result)
     require_whole("num_samples", num_samples, 1)
-    arrays = _conditions(result, conditions)
+    arrays = given_conditions(result, conditions)
     plates = programs_of(result, result.batch).plates
     draw = compiled(_prior_draws, result.model, plates, num_samples)
     key = default_key(key, "sample_prior_predictive")
@@ -171,7 +171,7 @@ def decode(result: Fit, latents: Mapping[str, Any], **conditions: Any) -> Values
         ValueError: latents of other sites or shapes; conditions that the model refuses.
     """
     require_fit(result)
-    arrays = _conditions(result, conditions)
+    arrays = given_conditions(result, conditions)
     programs = programs_of(result, result.batch)
     if latents.keys() != programs.latents.keys():
         raise ValueError(
@@ -268,7 +268,7 @@ def traverse(
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _conditions(result: Fit, conditions: Mapping[str, Any]) -> dict[str, Any]:
+def given_conditions(result: Fit, conditions: Mapping[str, Any]) -> dict[str, Any]:
     """Conditions as arrays that the model takes, with masks if the fit makes them."""
     arrays, model = as_arrays(conditions, "conditions"), result.model
     masked = masked_arrays(result.model, result.config.get("missing"))
@@ -400,7 +400,7 @@ class _Unobserved(Messenger):
             msg["value"], msg["is_observed"] = None, False
 
 
-def _data_first(site: Site, plates: DataPlates, value: Array) -> Array:
+def data_first(site: Site, plates: DataPlates, value: Array) -> Array:
     """The value with the data along its first axis, if it has a data axis."""
     if not plates.hold(site):
         return value
@@ -414,7 +414,7 @@ def _prior_draws(
     def draw(key: Array) -> Values:
         sites = trace_of(model, key, params, **arrays)
         return {
-            name: _data_first(site, plates, site["value"])
+            name: data_first(site, plates, site["value"])
             for name, site in sites.items()
             if is_latent(site)
         }
@@ -453,7 +453,7 @@ def _posterior_draws(
     def draw(keys: tuple[Array, Array]) -> Values:
         sites = _latent_draws(guide, shared, params, keys, batch)
         return {
-            name: _data_first(site, plates, site["value"])
+            name: data_first(site, plates, site["value"])
             for name, site in sites.items()
             if is_latent(site) and not is_auxiliary(site)
         }
@@ -475,7 +475,7 @@ def _posterior_means(
 ) -> Values:
     sites = _latent_draws(guide, shared, params, (key, batch_key), batch)
     means = {
-        name: _data_first(site, plates, mean(site["fn"], key))[None]
+        name: data_first(site, plates, mean(site["fn"], key))[None]
         for name, site in sites.items()
         if is_latent(site) and not is_auxiliary(site)
     }
@@ -500,7 +500,7 @@ def _predictive_draws(
         free = seed(_Unobserved(substitute(model, data=params | latents)), model_key)
         sites = trace(free).get_trace(**batch)
         return {
-            name: _data_first(site, plates, site["value"])
+            name: data_first(site, plates, site["value"])
             for name, site in sites.items()
             if is_latent(site) and name not in latents
         }
@@ -526,7 +526,7 @@ def _decode(
         given = condition(model, data=values | shared)
         sites = trace_of(given, random.key(0), params, **{n: a[None] for n, a in datum.items()})
         return {
-            name: _data_first(site, plates, mean(site["fn"], random.key(0)))[0]
+            name: data_first(site, plates, mean(site["fn"], random.key(0)))[0]
             for name, site in sites.items()
             if site["type"] == "sample" and name not in values and name not in shared
         }

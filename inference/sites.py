@@ -261,11 +261,11 @@ def data_plates(program: Program, *args: Any, **batch: Any) -> DataPlates:
         args, batch: arrays of shape (N, ...), as the program takes them.
     """
     named = abstract({str(i): array for i, array in enumerate(args)} | batch)
-    sites = _abstract_sites(program, len(args), named)
+    sites = abstract_sites(program, len(args), named)
     return _plates_and_longer(program, len(args), named, sites)[0]
 
 
-def _abstract_sites(program: Program, num_args: int, arrays: Batch) -> dict[str, Site]:
+def abstract_sites(program: Program, num_args: int, arrays: Batch) -> dict[str, Site]:
     """The sites of a program on abstract values, hidden from outer handlers."""
     found: dict[str, Site] = {}
 
@@ -285,7 +285,7 @@ def _plates_and_longer(
     size = length(arrays)
     here = plate_sizes(sites)
     try:
-        longer = _abstract_sites(program, num_args, abstract(arrays, size + 1))
+        longer = abstract_sites(program, num_args, abstract(arrays, size + 1))
         return following(here, plate_sizes(longer), size), longer
     except Exception:  # a program of one length, such as one with numbers for each datum
         return of_size(here, size), None
@@ -372,7 +372,7 @@ def _cached(function: Callable[..., Any], model: Program, shapes: tuple[Any, ...
 
 def _outline(model: Program, shapes: Batch) -> Outline:
     try:
-        sites = _abstract_sites(model, 0, shapes)
+        sites = abstract_sites(model, 0, shapes)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         raise ValueError(values_needed("model", error, shapes)) from error
     except NotImplementedError as error:
@@ -599,8 +599,17 @@ def observed_arrays(model: Program, batch: Batch) -> set[str]:
         model: a program.
         batch: arrays of shape (N, ...), as the model takes them.
     """
-    found = {name for _, sources in _observed(model, abstract(batch)) for name in sources}
+    found = {name for sources in observed_sources(model, batch).values() for name in sources}
     return found | {mask_name(name) for name in found} & batch.keys()
+
+
+def observed_sources(model: Program, batch: Batch) -> dict[str, frozenset[str]]:
+    """By observed site, the arrays that its value is made from.
+
+    Args:
+        model, batch: as in ``observed_arrays``.
+    """
+    return {site["name"]: sources for site, sources in _observed(model, abstract(batch))}
 
 
 def _observed(model: Program, shapes: Batch) -> list[tuple[Site, frozenset[str]]]:
