@@ -12,7 +12,6 @@ import numpy as np
 from jax import random
 from jaxtyping import Array
 
-from inference._checks import Programs
 from inference._data import Prepared
 from inference._judges import require_fit, values_of
 from inference._settings import require_whole
@@ -24,6 +23,10 @@ from inference.sites import length, mask_name, observed_sources, spread_rows, tr
 DATA_AT_ONCE = 500  # that are simulated together
 CONDITIONS = 1000  # rows of data that conditions are drawn from
 LOOKED_AT = 20  # simulated data whose observations are compared with what the model observes
+
+
+class NotSimulated(ValueError):
+    """A model whose observations are computed from its arrays: no array can be simulated."""
 
 
 class Simulated(NamedTuple):
@@ -38,12 +41,13 @@ class Simulated(NamedTuple):
     latents: dict[str, np.ndarray]
 
 
-def local_programs(judge: str, result: Fit) -> Programs:
-    """The facts about a fit's programs, for a judge of each datum's latents.
+def check_local(judge: str, result: Fit, remedy: str) -> None:
+    """Checks a fit's programs for a judge of each datum's latents.
 
     Args:
         judge: its name, for messages.
         result: the fit.
+        remedy: what to do about global sites.
 
     Raises:
         TypeError: no fit.
@@ -59,8 +63,7 @@ def local_programs(judge: str, result: Fit) -> Programs:
     if programs.has_globals:
         raise ValueError(
             f"{judge}: expected latent sites with one value for each datum, got the global site "
-            f"{programs.globals[0]!r}, which all data share; it needs a new fit for every "
-            f"simulation: simulate, fit and compare in a loop"
+            f"{programs.globals[0]!r}, which all data share; {remedy}"
         )
     if programs.summed:
         raise ValueError(
@@ -71,7 +74,6 @@ def local_programs(judge: str, result: Fit) -> Programs:
         raise ValueError(
             f"{judge}: expected latent sites, got a model without; log p(x) is the ELBO then"
         )
-    return programs
 
 
 def simulate(
@@ -87,8 +89,8 @@ def simulate(
         conditions: arrays of shape (M, ...) by name, as the programs take them.
 
     Raises:
-        ValueError: a condition is missing; an array that the model simulates is given; an
-            observed site is no array of the data, but computed from one.
+        ValueError: a condition is missing; an array that the model simulates is given.
+        NotSimulated: an observed site is no array of the data, but computed from one.
     """
     require_whole("num_simulations", num_simulations, 1)
     given = given_conditions(result, conditions)
@@ -101,7 +103,7 @@ def simulate(
     for site, name in sources.items():
         shape = result.batch[name].shape[1:]
         if sites[site].size != num_simulations * int(np.prod(shape)):
-            raise ValueError(_computed(judge, site, name))
+            raise NotSimulated(_computed(judge, site, name))
         values = sites[site].reshape(num_simulations, *shape).astype(result.batch[name].dtype)
         own = mask_name(name)
         if own in result.batch:
@@ -132,14 +134,14 @@ def _sources(judge: str, result: Fit) -> dict[str, str]:
     """The array that each observed site's value is.
 
     Raises:
-        ValueError: a site is made of several arrays or of none, or two sites of one.
+        NotSimulated: a site is made of several arrays or of none, or two sites of one.
     """
     sources: dict[str, str] = {}
     for site, names in observed_sources(result.model, result.batch).items():
         masks = {mask_name(name) for name in names}
         own = sorted(names - masks)
         if len(own) != 1 or own[0] in sources.values():
-            raise ValueError(_computed(judge, site, " and ".join(own) or "no array"))
+            raise NotSimulated(_computed(judge, site, " and ".join(own) or "no array"))
         sources[site] = own[0]
     return sources
 
@@ -202,4 +204,4 @@ def _check_observed(
     for site, name in sources.items():
         seen = data_first(sites[site], plates, sites[site]["value"])
         if not np.array_equal(np.ravel(seen), np.ravel(some[name])):
-            raise ValueError(_computed(judge, site, name))
+            raise NotSimulated(_computed(judge, site, name))

@@ -37,9 +37,10 @@ from tabulate import tabulate
 from inference._data import Prepared
 from inference._judges import Judged, compiled, default_key, judged_data, over_data, values_of
 from inference._settings import require_whole
-from inference._simulate import conditions_among, local_programs, simulate
+from inference._simulate import NotSimulated, check_local, conditions_among, simulate
+from inference._streams import rows
 from inference.evaluation import Estimate, log_likelihood
-from inference.fit import Fit
+from inference.fit import Fit, programs_of
 from inference.sites import (
     Program,
     abstract_sites,
@@ -47,6 +48,7 @@ from inference.sites import (
     is_latent,
     is_scanned,
     length,
+    spread_rows,
     trace_of,
 )
 
@@ -135,7 +137,9 @@ def bracket(
     bounds hold in expectation, and close in as ``num_steps`` grows.
 
     The moves are BlackJAX's Hamiltonian Monte Carlo on the unconstrained latents. Their step
-    sizes, one a temperature, are adapted beforehand on data that the fitted model simulates.
+    sizes, one a temperature, are adapted beforehand on other data: those that the fitted model
+    simulates. A model whose data cannot be simulated is adapted on some of the data, with other
+    random numbers.
 
     Args:
         result: what ``fit`` returned.
@@ -157,8 +161,8 @@ def bracket(
 
     Raises:
         ValueError: both or neither of data and ``num_simulations``; a model that needs conditions
-            and gets none; global sites; sites that are discrete or that the objective sums over;
-            observed sites that the model computes from its arrays.
+            and gets none; global sites; sites that are discrete or that the objective sums over.
+            With ``num_simulations``: observed sites that the model computes from its arrays.
     """
     _check(result, data, num_simulations, start, conditions)
     counts = {"num_steps": num_steps, "num_chains": num_chains, "num_leaps": num_leaps}
@@ -200,7 +204,7 @@ def _check(
     conditions: Mapping[str, Any],
 ) -> None:
     """Raises ValueError for programs and arguments that have no bracket."""
-    local_programs("bracket", result)
+    check_local("bracket", result, "use log_predictive_density")
     if start not in STARTS:
         raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {start!r}")
     if (data is None) == (num_simulations is None):
@@ -214,15 +218,20 @@ def _check(
             f"bracket: expected conditions among the data, got {next(iter(conditions))!r} by "
             f"keyword; keywords are for num_simulations"
         )
+    _check_sites(result, start)
+
+
+def _check_sites(result: Fit, start: str) -> None:
+    """Raises ValueError for sites that Hamiltonian Monte Carlo cannot move, or without density."""
     sites = abstract_sites(result.model, 0, result.batch)
-    for name, site in sites.items():
-        if is_latent(site) and not is_auxiliary(site):
-            if site["fn"].support.is_discrete or is_scanned(site):
-                what = "discrete" if site["fn"].support.is_discrete else "inside a scan"
-                raise ValueError(
-                    f"bracket: expected continuous latent sites outside scan, got {name!r}, which "
-                    f"is {what}; use log_likelihood"
-                )
+    for name in programs_of(result, result.batch).latents:
+        site = sites[name]
+        if site["fn"].support.is_discrete or is_scanned(site):
+            what = "discrete" if site["fn"].support.is_discrete else "inside a scan"
+            raise ValueError(
+                f"bracket: expected continuous latent sites outside scan, got {name!r}, which is "
+                f"{what}; use log_likelihood"
+            )
     drawn = abstract_sites(result.guide, 0, result.batch) if start == "guide" else {}
     for name, site in drawn.items():
         if is_latent(site) and is_auxiliary(site):
@@ -274,9 +283,9 @@ class Path(NamedTuple):
         log_step: the log of the step size.
     """
 
-    temperature: Array
-    increment: Array
-    log_step: Array
+    temperature: Any
+    increment: Any
+    log_step: Any
 
 
 class Target:
@@ -429,10 +438,13 @@ def moves(
 def _step_sizes(walk: Walk, one: Fit, judged: Judged, key: Array) -> Float[np.ndarray, " step"]:
     """The log of the step size of each temperature, adapted on data that the model simulates."""
     keys = random.split(key)
-    conditions = conditions_among(one, judged.arrays)
-    made = simulate("bracket", one, PILOT_DATA, keys[0], conditions)
+    try:
+        given = conditions_among(one, judged.arrays)
+        batch = simulate("bracket", one, PILOT_DATA, keys[0], given).data
+    except NotSimulated:  # the chains' noise is another, so the bounds hold on these data too
+        batch = rows(judged.arrays, spread_rows(length(judged.arrays), PILOT_DATA))
     pilot = compiled(_pilot, one.model, one.guide, walk)
-    return np.asarray(pilot(values_of(one, 0), keys[1], dict(made.data)))
+    return np.asarray(pilot(values_of(one, 0), keys[1], dict(batch)))
 
 
 def _from_below(

@@ -4,8 +4,8 @@ Talts et al. 2018: draw z ~ p(z | c) and x ~ p(x | z, c) from the fitted model. 
 posterior, z is one more draw from it. So the rank of z among L draws of q(z | x, c) is uniform on
 0 .. L. The guide of an amortised model needs no new fit for each simulation.
 
-What the ranks look like tells what is wrong with the guide (Talts et al. 2018, section 4.2): many at
-both ends, it is too narrow; few at both ends, too wide; more at one end, its mean is off.
+What the ranks look like tells what is wrong with the guide (Talts et al. 2018, section 4.2). Many
+at both ends: it is too narrow. Few at both ends: too wide. More at one end: its mean is off.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from scipy.special import ndtr
 from inference._data import Prepared
 from inference._judges import compiled, default_key, judged_data, over_data
 from inference._settings import require_whole
-from inference._simulate import Simulated, local_programs, simulate
+from inference._simulate import Simulated, check_local, simulate
 from inference.evaluation import given_latents
 from inference.fit import Fit, site_dims
 from inference.generation import data_first
@@ -38,6 +38,7 @@ SAMPLES = ("chain", "draw")
 DATUM = "data"
 METHOD = "pot_c"  # ArviZ's name of the test, which plot_ecdf_pit uses too
 POWER_REPEATS = 400
+REMEDY = "it needs a new fit for every simulation: simulate, fit and rank in a loop"
 
 
 def sbc(
@@ -90,7 +91,7 @@ def sbc(
             needs a new fit for every simulation; sites that the objective sums over; observed sites
             that the model computes from its arrays; a guide with numbers for each datum.
     """
-    local_programs("sbc", result)
+    check_local("sbc", result, REMEDY)
     require_whole("num_samples", num_samples, 1)
     keys = random.split(default_key(key, "sbc"), 3)
     ranks, pit = [], []
@@ -101,8 +102,8 @@ def sbc(
         found = _ranks(one, simulated, num_samples, of_seed[1], batch_size, progress)
         ranks.append(found[0])
         pit.append(found[1])
-    joined = (jax.tree.map(lambda *x: np.stack(x), *parts) for parts in (ranks, pit))
-    return _tree(result, *joined, num_samples)
+    ranks, pit = (jax.tree.map(lambda *x: np.stack(x), *parts) for parts in (ranks, pit))
+    return _tree(result, ranks, pit, num_samples)
 
 
 def sbc_power(
@@ -111,8 +112,8 @@ def sbc_power(
     """The probability that ``sbc`` finds a Gaussian guide whose deviation is wrong by a factor.
 
     One quantity is wrong and ``num_quantities - 1`` are right. "Finds" means a joint p-value below
-    the level. Computed from 400 repetitions of the test, with a fixed seed: its standard error is at
-    most 0.025.
+    the level. It is computed from 400 repetitions of the test, with a fixed seed. So its standard
+    error is at most 0.025.
 
     Args:
         num_simulations: simulations of ``sbc``.
@@ -248,13 +249,13 @@ def _tree(
         }
     )
     num_simulations = next(iter(pit.values())).shape[1]
+    power = sbc_power(num_simulations, 0.9, every.shape[1])
     tree.attrs = {
         "num_simulations": num_simulations,
         "num_samples": num_samples,
         "test": METHOD,
         "correction": f"Bonferroni over {every.shape[1]} quantities",
-        "power": f"{sbc_power(num_simulations, 0.9, every.shape[1]):.2f} to find one quantity whose "
-        f"scale is 10 % too small, at joint level 0.05",
+        "power": f"{power:.2f} to find one quantity whose scale is 10 % too small, at level 0.05",
     }
     return tree
 
