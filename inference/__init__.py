@@ -5,6 +5,8 @@ from inference._checks import ProgramError
 from inference._data import Prepared
 from inference._saving import FitError
 from inference._streams import StreamError
+from inference.annealing import Bracket, bracket
+from inference.calibration import plot_calibration, sbc, sbc_power
 from inference.comparison import compare
 from inference.datatree import to_datatree
 from inference.engine import fit
@@ -48,6 +50,7 @@ from inference.particles import antithetic
 
 __all__ = [
     "OBJECTIVES",
+    "Bracket",
     "CheckpointError",
     "DoublyReparameterized",
     "ElboTerms",
@@ -68,6 +71,7 @@ __all__ = [
     "StreamError",
     "Traits",
     "antithetic",
+    "bracket",
     "compare",
     "decode",
     "elbo_terms",
@@ -78,6 +82,7 @@ __all__ = [
     "log_likelihood",
     "log_predictive_density",
     "pareto_k_threshold",
+    "plot_calibration",
     "pointwise_elbo",
     "pointwise_log_likelihood",
     "precondition",
@@ -85,6 +90,8 @@ __all__ = [
     "sample_posterior",
     "sample_posterior_predictive",
     "sample_prior_predictive",
+    "sbc",
+    "sbc_power",
     "to_datatree",
     "traits",
     "traverse",

@@ -93,12 +93,13 @@ def simulate(
         NotSimulated: an observed site is no array of the data, but computed from one.
     """
     require_whole("num_simulations", num_simulations, 1)
-    given = given_conditions(result, conditions)
     sources = _sources(judge, result)
-    _check_given(judge, result, given, set(sources.values()))
+    _check_given(judge, result, conditions, set(sources.values()))
     row_key, draw_key = random.split(key)
-    given = _rows(given, num_simulations, row_key)
-    sites = _draws(result, given, num_simulations, draw_key)
+    given = _rows(given_conditions(result, conditions), num_simulations, row_key)
+    masks = {mask_name(name) for name in sources.values()}  # the model generates without them
+    known = {name: array for name, array in given.items() if name not in masks}
+    sites = _draws(result, known, num_simulations, draw_key)
     arrays = dict(given)
     for site, name in sources.items():
         shape = result.batch[name].shape[1:]
@@ -155,7 +156,8 @@ def _computed(judge: str, site: str, name: str) -> str:
 
 def _check_given(judge: str, result: Fit, given: Mapping[str, Any], observed: set[str]) -> None:
     masks = {mask_name(name) for name in observed}
-    missing = sorted(result.batch.keys() - given.keys() - observed - masks)
+    made = {mask_name(name) for name in given}  # of conditions
+    missing = sorted(result.batch.keys() - given.keys() - observed - masks - made)
     if missing:
         raise ValueError(
             f"{judge}: expected the model's conditions by keyword, got none for {missing[0]!r}; "

@@ -268,7 +268,7 @@ class Walk:
     start: str
 
     @property
-    def temperatures(self) -> Float[np.ndarray, " step+1"]:
+    def temperatures(self) -> Float[np.ndarray, " temperature"]:
         """From 0 to 1, densest at both ends: a sigmoid (Grosse et al. 2015, section 6)."""
         s = expit(np.linspace(-STEEPNESS, STEEPNESS, self.num_steps + 1))
         return (s - s[0]) / (s[-1] - s[0])

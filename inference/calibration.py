@@ -28,16 +28,17 @@ from inference.generation import data_first
 from inference.sites import DataPlates, Program, is_auxiliary, is_latent, length, trace_of
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from xarray import Dataset, DataTree
 else:  # a second to import
-    Dataset = DataTree = Any
+    Dataset = DataTree = Figure = Any
 
 TEST = "log_likelihood"  # the test quantity, log p(x | z, c)
 LEVELS = (0.5, 0.8, 0.9, 0.95)  # of central intervals
 SAMPLES = ("chain", "draw")
 DATUM = "data"
 METHOD = "pot_c"  # ArviZ's name of the test, which plot_ecdf_pit uses too
-POWER_REPEATS = 400
+POWER_REPEATS, BAND_REPEATS = 400, 1000
 REMEDY = "it needs a new fit for every simulation: simulate, fit and rank in a loop"
 
 
@@ -64,8 +65,8 @@ def sbc(
                     guide is the posterior. (chain, draw, ...), where a draw is a simulation
     ranks           the ranks, 0 .. num_samples, likewise
     coverage        the share of simulations whose central interval of the guide holds z,
-                    (chain, level, ...). With N simulations its standard error is
-                    sqrt(level (1 - level) / N)
+                    (chain, prob, ...). With N simulations its standard error is
+                    sqrt(prob (1 - prob) / N)
     uniformity      the p-value of each quantity, (chain, ...)
     joint           ``p_value`` of all quantities together, (chain): the least one times the number
                     of quantities, at most 1 (Bonferroni)
@@ -136,6 +137,42 @@ def rank_scale(pit: Any) -> Float[np.ndarray, "..."]:
 
     median = np.median(np.abs(np.asarray(pit, np.float64) - 0.5), axis=-1)
     return ndtri(0.75) / ndtri(0.5 + np.minimum(median, 0.5 - 1e-6))
+
+
+def plot_calibration(tree: DataTree, *, seed: int | None = None) -> Figure:
+    """The graphical test: a panel for each site, a line for each of its dimensions.
+
+    A line is the distribution function of the ranks less that of the uniform distribution. 95 % of
+    lines of a right guide stay within the band from end to end (Sailynoja et al. 2022).
+
+    Args:
+        tree: what ``sbc`` returned.
+        seed: the random seed to draw. The first one by default.
+    """
+    from arviz_stats.ecdf_utils import ecdf_pit
+    from matplotlib.figure import Figure
+
+    pit = tree["prior_sbc"].to_dataset()
+    pit = pit.isel(chain=0) if seed is None else pit.sel(chain=seed)
+    names = list(pit.data_vars)
+    size = pit.sizes["draw"]
+    figure = Figure(figsize=(1.2 + 3.2 * min(len(names), 4), 0.8 + 2.6 * -(-len(names) // 4)))
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(-(-len(names) // 4), min(len(names), 4), squeeze=False, sharey=True)
+    x, _, low, high = ecdf_pit(np.linspace(0, 1, size), 0.95, BAND_REPEATS)
+    for axes, name in zip(panels.flat, names, strict=False):
+        lines = pit[name].transpose("draw", ...).values.reshape(size, -1)
+        ecdf = np.stack([np.searchsorted(np.sort(u), x, side="right") for u in lines.T]) / size
+        axes.plot(x, (ecdf - x).T, color="C0", lw=0.8, alpha=0.8, label="ranks")
+        axes.fill_between(x, low - x, high - x, color="0.8", label="95 % band")
+        axes.set(title=name, xlabel="rank / number of draws")
+    for axes in panels.flat[len(names) :]:
+        axes.remove()
+    panels[0, 0].set_ylabel("ECDF - uniform")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    known = dict(zip(labels, handles, strict=True))
+    figure.legend(known.values(), known.keys(), loc="outside upper center", ncols=2)
+    return figure
 
 
 # --- one seed -------------------------------------------------------------------------------------
@@ -243,7 +280,7 @@ def _tree(
         {
             "prior_sbc": dataset(pit, *SAMPLES),
             "ranks": dataset(ranks, *SAMPLES),
-            "coverage": dataset(held, "chain", "level", level=list(LEVELS)),
+            "coverage": dataset(held, "chain", "prob", prob=list(LEVELS)),
             "uniformity": dataset(p_values, "chain"),
             "joint": Dataset({"p_value": (("chain",), joint)}, coords),
         }

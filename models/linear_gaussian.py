@@ -263,6 +263,31 @@ def mean_field_gap(params: Mapping[str, Any]) -> Float[Array, ""]:
     return 0.5 * (jnp.sum(jnp.log(jnp.diag(matrix))) - jnp.linalg.slogdet(matrix)[1])
 
 
+def mean_field_ranks(params: Mapping[str, Any], num_samples: int) -> Float[np.ndarray, "rank K"]:
+    """The probabilities of the ranks 0 .. L in simulation-based calibration of the best mean field.
+
+    z_i lies around the posterior's mean m_i with the deviation s_i = (Lambda^-1)_ii^(1/2). The L
+    draws of the mean field lie around it with t_i = Lambda_ii^(-1/2), which is smaller unless
+    Lambda is diagonal. So with z_i = m_i + s_i e each draw is below z_i with the probability
+    Phi(e s_i / t_i), and the rank is binomial given e ~ Normal(0, 1). The integral over e is a sum
+    over a fine grid. For s_i = t_i every rank has the probability 1 / (L + 1).
+
+    Args:
+        params: ``W`` and ``sigma`` of one seed.
+        num_samples: L.
+    """
+    from scipy import stats  # takes a second
+
+    matrix = np.asarray(precision(params), np.float64)
+    ratio = np.sqrt(np.diag(np.linalg.inv(matrix)) * np.diag(matrix))
+    e = np.linspace(-8, 8, 4001)
+    weights = stats.norm.pdf(e) * (e[1] - e[0])
+    below = stats.norm.cdf(e[:, None] * ratio)
+    ranks = np.arange(num_samples + 1)
+    parts = [weights @ stats.binom.pmf(ranks, num_samples, p[:, None]) for p in below.T]
+    return np.stack(parts, axis=1)
+
+
 def prior_gap(
     model: Model, params: Mapping[str, Any], data: Mapping[str, Any]
 ) -> Float[Array, " N"]:
