@@ -23,6 +23,7 @@ from inference.evaluation import (
     pointwise_log_likelihood,
 )
 from inference.fit import Fit, Interrupted, NonFiniteError
+from inference.gaps import InferenceGap, inference_gap
 from inference.generation import (
     decode,
     encode,
@@ -60,6 +61,7 @@ __all__ = [
     "FreeBits",
     "Held",
     "Hybrid",
+    "InferenceGap",
     "Interrupted",
     "KLWarmUp",
     "KLWeighted",
@@ -77,6 +79,7 @@ __all__ = [
     "elbo_terms",
     "encode",
     "fit",
+    "inference_gap",
     "interpolate",
     "label_check",
     "log_likelihood",

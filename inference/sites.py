@@ -67,6 +67,18 @@ class HasEncoder(Protocol):
         ...
 
 
+# --- what a guide may offer -----------------------------------------------------------------------
+
+
+@runtime_checkable
+class HasPerDatum(Protocol):
+    """A guide that knows its family with numbers of each datum's own."""
+
+    def per_datum(self, num_data: int) -> Any:
+        """The guide of the same family for ``num_data`` data, without an encoder."""
+        ...
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 
@@ -75,6 +87,17 @@ def trace_of(
 ) -> dict[str, Any]:
     """The sites of ``program(*args, **kwargs)``. Sites named in ``values`` have that value."""
     return dict(trace(substitute(seed(program, key), data=values)).get_trace(*args, **kwargs))
+
+
+def stored_names(program: Program, batch: Batch) -> set[str]:
+    """The names of a program's parameters and mutable state, by an abstract run.
+
+    Args:
+        program: a model or a guide.
+        batch: arrays of shape (N, ...) or their abstract values, as the program takes them.
+    """
+    sites = _abstract_sites(program, 0, abstract(batch))
+    return {name for name, site in sites.items() if site["type"] in ("param", "mutable")}
 
 
 def length(arrays: Mapping[str, Any]) -> int:
