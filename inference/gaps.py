@@ -48,15 +48,15 @@ TOLERANCE = 0.01  # nats per datum that are never worth a warning
 class InferenceGap:
     """The gap of each datum and its two parts: total = approximation + amortisation.
 
-    ``print`` shows a table of the means. Every gap is an ``Estimate`` of paired differences. So its
-    ``standard_error`` is that of the mean difference over the data.
+    ``print`` shows a table of the means. Every gap is an ``Estimate`` of paired differences, and so
+    is its ``standard_error``.
 
     Attributes:
         log_likelihood: log p(x | c).
         elbo: the ELBO of the guide, L[q].
         best_elbo: the ELBO of the best guide of its family, L[q*].
-        amortisation: L[q*] - L[q], what the encoder loses. Both have the same noise, and
-            ``monte_carlo_variance`` is that of the difference.
+        amortisation: L[q*] - L[q], what the encoder loses. Both have the same draws. Its
+            ``monte_carlo_variance`` comes from the paired differences.
         rise: (seed,), how much the ELBO of q* rose in the last tenth of its fit over the tenth
             before, nats per datum. 0 if there was nothing to fit.
         rise_error: (seed,), the standard error of ``rise``.

