@@ -9,6 +9,7 @@ from inference.annealing import Bracket, bracket
 from inference.calibration import plot_calibration, sbc, sbc_power
 from inference.comparison import compare
 from inference.datatree import to_datatree
+from inference.diagnosis import Page, diagnose
 from inference.engine import fit
 from inference.evaluation import (
     ElboTerms,
@@ -67,6 +68,7 @@ __all__ = [
     "KLWeighted",
     "LabelCheck",
     "NonFiniteError",
+    "Page",
     "Prepared",
     "ProgramError",
     "StickingTheLanding",
@@ -76,6 +78,7 @@ __all__ = [
     "bracket",
     "compare",
     "decode",
+    "diagnose",
     "elbo_terms",
     "encode",
     "fit",

@@ -102,6 +102,7 @@ def check(
         **lengths,
     )
     check_length(traits(trained), settings)
+    info["traces_elbo"] = traits(trained).weighable_divergence
     check_mesh(mesh, settings)
     key = random.key(settings.seed)
     batch = _first_batch(prepared, settings, key, arrays)

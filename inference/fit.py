@@ -47,8 +47,8 @@ class Fit:
         state: the engine's last state, or None.
         config: the settings and descriptions of programs and data, JSON-able.
         info: what happened, JSON-able: device, versions, seconds (compile and total of this call;
-            run of the whole training), validation_steps, converted types, and per seed num_steps
-            and num_skipped.
+            run of the whole training), validation_steps, converted types, traces_elbo (whether
+            ``elbo`` is the ELBO itself, not another bound), and per seed num_steps and num_skipped.
         batch: the abstract values of a prepared batch.
         mesh: the devices of the training, over which judges split their batches, or None. It is
             not saved.

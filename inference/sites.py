@@ -96,7 +96,7 @@ def stored_names(program: Program, batch: Batch) -> set[str]:
         program: a model or a guide.
         batch: arrays of shape (N, ...) or their abstract values, as the program takes them.
     """
-    sites = _abstract_sites(program, 0, abstract(batch))
+    sites = abstract_sites(program, 0, abstract(batch))
     return {name for name, site in sites.items() if site["type"] in ("param", "mutable")}
 
 

@@ -1,0 +1,322 @@
+"""What the numbers of a fit mean: findings in words, each with its number and what to try.
+
+A finding needs a size that matters and four standard errors. So a good fit gets none.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from inference.annealing import Bracket
+from inference.calibration import TEST, rank_scale
+from inference.evaluation import ElboTerms, Estimate
+from inference.fit import Fit
+from inference.gaps import InferenceGap
+
+if TYPE_CHECKING:
+    from xarray import DataTree
+else:  # a second to import
+    DataTree = Any
+
+MATTERS = 0.05  # nats per datum
+ERRORS = 4  # standard errors
+LEVEL = 1e-3  # of the joint test of calibration
+UNUSED = 0.01  # nats or share of the variance, below which a dimension is unused
+HIGH_SHARE = 0.05  # of data with a high k-hat
+FEWEST_STEPS = 40  # of a trace that can show a trend
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with a fit.
+
+    Attributes:
+        name: which finding it is.
+        number: its size.
+        text: what was found, with the number and its unit.
+        remedy: what to try.
+    """
+
+    name: str
+    number: float
+    text: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the judges found, of one seed. None where a judge cannot answer.
+
+    Attributes:
+        fit: the fit.
+        elbo: the ELBO and its terms, on all judged data.
+        density: log p(x | c), or the predictive density with global sites, on all of them.
+        training_elbo: the ELBO of training data.
+        exchange: by how much log p(x | z, c) falls if data exchange their latents.
+        explained: by local site, for each dimension, the variance of the guide's mean between data
+            over the variance of z.
+        bracket: annealing on a sample of the data.
+        simulated: annealing on simulated data.
+        gap: the gap to log p on that sample.
+        calibration: the tree of ``sbc``.
+    """
+
+    fit: Fit
+    elbo: ElboTerms | None = None
+    density: Estimate | None = None
+    training_elbo: Estimate | None = None
+    exchange: Estimate | None = None
+    explained: dict[str, Float[np.ndarray, " z"]] | None = None
+    bracket: Bracket | None = None
+    simulated: Bracket | None = None
+    gap: InferenceGap | None = None
+    calibration: DataTree | None = None
+
+    @property
+    def unused(self) -> dict[str, Bool[np.ndarray, " z"]]:
+        """By site: which dimensions the guide does not use.
+
+        Its mean does not follow the data, or it is the prior (KL below 0.01 nats). The first
+        compares the variance of the mean between data with the variance of z. That is Burda et al.
+        (2016, section 5) for a z of any scale.
+        """
+        found = {}
+        for name, share in (self.explained or {}).items():
+            kl = None if self.elbo is None else self.elbo.kl_per_dim.get(name)
+            found[name] = share < UNUSED
+            if kl is not None:
+                found[name] |= kl[0].mean(0) < UNUSED
+        return found
+
+
+def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
+    """All findings, in the order in which to look at them."""
+    found = (rule(evidence) for rule in RULES)
+    return tuple(finding for finding in found if finding is not None)
+
+
+def _surely(estimate: Estimate | None) -> bool:
+    """Whether a mean is above zero, by a size that matters and by four standard errors."""
+    if estimate is None:
+        return False
+    return bool(estimate.estimate[0] > max(MATTERS, ERRORS * estimate.standard_error[0]))
+
+
+def _words(estimate: Estimate) -> str:
+    return f"{estimate.estimate[0]:.2f} +- {estimate.standard_error[0]:.2f} nats"
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def _trace(fit: Fit) -> Float[np.ndarray, " step"]:
+    trace = fit.elbo[0].astype(np.float64)
+    return trace[np.isfinite(trace)]
+
+
+def _mean_and_error(trace: Float[np.ndarray, " step"]) -> tuple[float, float]:
+    """The mean, and its error from ten blocks: neighbouring steps are alike."""
+    blocks = np.array([block.mean() for block in np.array_split(trace, 10)])
+    return float(trace.mean()), float(blocks.std(ddof=1) / np.sqrt(len(blocks)))
+
+
+def unfinished(evidence: Evidence) -> Finding | None:
+    """The ELBO was still rising."""
+    trace = _trace(evidence.fit)
+    if len(trace) < FEWEST_STEPS:
+        return None
+    quarter = len(trace) // 4
+    (before, a), (after, b) = (
+        _mean_and_error(part) for part in (trace[-2 * quarter : -quarter], trace[-quarter:])
+    )
+    rise, error = after - before, float(np.hypot(a, b))
+    if rise <= max(MATTERS, ERRORS * error):
+        return None
+    return Finding(
+        "unfinished",
+        rise,
+        f"The training was not finished: the ELBO rose by {rise:.2f} +- {error:.2f} nats per datum "
+        f"from the third quarter of the steps to the last.",
+        "Train longer: fit(..., init=result, num_epochs=...) goes on.",
+    )
+
+
+def overfitted(evidence: Evidence) -> Finding | None:
+    """The ELBO is higher on the training data."""
+    if evidence.elbo is None:
+        return None
+    here = evidence.elbo.elbo
+    if evidence.training_elbo is not None:
+        there = float(evidence.training_elbo.estimate[0])
+        error = float(evidence.training_elbo.standard_error[0])
+    elif evidence.fit.info.get("traces_elbo") and len(_trace(evidence.fit)) >= FEWEST_STEPS:
+        trace = _trace(evidence.fit)
+        there, noise = _mean_and_error(trace[-len(trace) // 4 :])
+        spread = float(here.pointwise[0].std()) / np.sqrt(evidence.fit.config["num_data"])
+        error = float(np.hypot(noise, spread))
+    else:
+        return None
+    fall = there - float(here.estimate[0])
+    if fall <= max(MATTERS, ERRORS * float(np.hypot(error, here.standard_error[0]))):
+        return None
+    gap = evidence.gap
+    encoder = ""
+    if gap is not None and _surely(gap.amortisation):
+        encoder = f" The encoder itself loses {_words(gap.amortisation)} of it here."
+    return Finding(
+        "overfitted",
+        fall,
+        f"The fit is overfitted: its ELBO is {fall:.2f} nats per datum higher on the training data "
+        f"than on these.{encoder}",
+        "Stop earlier (validation=0.1, patience=10), take smaller networks, or give more data.",
+    )
+
+
+# --- latents --------------------------------------------------------------------------------------
+
+
+def ignored(evidence: Evidence) -> Finding | None:
+    """The model does not use the latents at all."""
+    exchange = evidence.exchange
+    if exchange is None or not exchange.estimate[0] < UNUSED:
+        return None
+    number = float(exchange.estimate[0])
+    return Finding(
+        "ignored-latents",
+        number,
+        f"The model ignores its latents: log p(x | z) falls by {number:.3f} nats per datum if data "
+        f"exchange theirs.",
+        "Warm the divergence up (KLWarmUp), give free bits (FreeBits), or weaken what explains x "
+        "without z.",
+    )
+
+
+def collapsed(evidence: Evidence) -> Finding | None:
+    """Some dimensions do nothing."""
+    unused = evidence.unused
+    count = sum(int(dims.sum()) for dims in unused.values())
+    if count == 0 or ignored(evidence) is not None:
+        return None
+    total = sum(dims.size for dims in unused.values())
+    where = ", ".join(f"{n} ({int(d.sum())} of {d.size})" for n, d in unused.items() if d.any())
+    return Finding(
+        "unused-latents",
+        count,
+        f"{count} of {total} latent dimensions are unused: {where}. They do not follow the data.",
+        "If they should tell something, warm the divergence up (KLWarmUp) or give free bits "
+        "(FreeBits); if not, fewer latents do the same.",
+    )
+
+
+# --- the guide ------------------------------------------------------------------------------------
+
+
+def miscalibrated(evidence: Evidence) -> Finding | None:
+    """The ranks are not uniform."""
+    tree = evidence.calibration
+    if tree is None or tree["joint"].p_value.values[0] >= LEVEL:
+        return None
+    pit, p_values = tree["prior_sbc"].to_dataset(), tree["uniformity"].to_dataset()
+    sites = [name for name in pit.data_vars if name != TEST]
+    places = [pit[n].values[0].reshape(pit.sizes["draw"], -1).T for n in sites]
+    p = np.concatenate([p_values[n].values[0].reshape(-1) for n in sites])
+    bad = np.concatenate(places)[p < 0.05 / (len(p) + 1)]
+    if not len(bad):
+        return Finding(
+            "miscalibrated",
+            float(p_values[TEST].values[0]),
+            f"The guide is not the posterior: log p(x | z) ranks wrongly, though each dimension alone "
+            f"ranks well (p = {p_values[TEST].values[0]:.1g}).",
+            "Take a family that joins dimensions: guides.full_covariance or guides.flow.",
+        )
+    scale = float(np.median(rank_scale(bad)))
+    inside = float((np.abs(bad - 0.5) <= 0.25).mean())
+    where = f"in {len(bad)} of {len(p)} dimensions"
+    interval = f"Its 50 % intervals hold z in {inside:.0%} of the simulations"
+    if 0.95 < scale < 1.05:
+        text = (
+            f"The guide is off {where}: its means or its shape are not the posterior's. {interval}."
+        )
+        name, remedy = "biased-guide", "Train longer, or take a larger encoder or guides.flow."
+    else:
+        name, what = ("narrow-guide", "narrow") if scale < 1 else ("wide-guide", "wide")
+        text = (
+            f"The guide is too {what} {where}: its deviations are {scale:.2f} of the posterior's. "
+            f"{interval}."
+        )
+        remedy = "Take guides.full_covariance or guides.flow, or train longer."
+    return Finding(name, scale, text, remedy)
+
+
+def unreliable(evidence: Evidence) -> Finding | None:
+    """Importance sampling cannot be believed."""
+    high = None if evidence.density is None else evidence.density.high_pareto_k
+    share = 0.0 if high is None else float(high.estimate[0])
+    below = _above_importance(evidence.bracket)
+    if share <= HIGH_SHARE and not _surely(below):
+        return None
+    says = ""
+    if below is not None and _surely(below):
+        says = f": the bracket says by {_words(below)}"
+    elif below is not None:
+        says = f", though the bracket does not say by how much ({_words(below)})"
+    return Finding(
+        "importance-sampling",
+        share,
+        f"k-hat is too high for {share:.0%} of the data, so importance sampling is too low "
+        f"there{says}.",
+        "Try guides.flow, and give the lower bound of bracket beside log_likelihood.",
+    )
+
+
+def _above_importance(bracket: Bracket | None) -> Estimate | None:
+    """The bound of annealing less that of importance sampling, on the same data."""
+    if bracket is None or bracket.importance is None:
+        return None
+    difference = bracket.lower.pointwise.astype(np.float64) - bracket.importance.pointwise
+    return Estimate("above_importance", difference, bracket.num_chains, bracket.lower.data)
+
+
+def poor_family(evidence: Evidence) -> Finding | None:
+    """The family is too small."""
+    gap = evidence.gap
+    if gap is None or not _surely(gap.approximation):
+        return None
+    return Finding(
+        "approximation",
+        float(gap.approximation.estimate[0]),
+        f"The best guide of this family loses {_words(gap.approximation)} per datum.",
+        "Try a richer one: guides.full_covariance or guides.flow.",
+    )
+
+
+def poor_encoder(evidence: Evidence) -> Finding | None:
+    """The encoder is not good enough."""
+    gap = evidence.gap
+    if gap is None or not _surely(gap.amortisation):
+        return None
+    return Finding(
+        "amortisation",
+        float(gap.amortisation.estimate[0]),
+        f"The encoder loses {_words(gap.amortisation)} per datum: the family has better guides for "
+        f"these data.",
+        "Try a larger encoder, more training, or guides.semi_amortised.",
+    )
+
+
+RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
+    unfinished,
+    overfitted,
+    ignored,
+    collapsed,
+    miscalibrated,
+    unreliable,
+    poor_family,
+    poor_encoder,
+)
