@@ -57,7 +57,8 @@ class Evidence:
         fit: the fit.
         elbo: the ELBO and its terms, on all judged data.
         density: log p(x | c), or the predictive density with global sites, on all of them.
-        training_elbo: the ELBO of training data.
+        loss: log p(x | c) - ELBO of all judged data, by importance sampling.
+        training_elbo, training_loss: likewise of training data.
         exchange: by how much log p(x | z, c) falls if data exchange their latents.
         explained: by local site, for each dimension, the variance of the guide's mean between data
             over the variance of z.
@@ -70,7 +71,9 @@ class Evidence:
     fit: Fit
     elbo: ElboTerms | None = None
     density: Estimate | None = None
+    loss: Estimate | None = None
     training_elbo: Estimate | None = None
+    training_loss: Estimate | None = None
     exchange: Estimate | None = None
     explained: dict[str, Float[np.ndarray, " z"]] | None = None
     bracket: Bracket | None = None
@@ -127,9 +130,9 @@ def _mean_and_error(trace: Float[np.ndarray, " step"]) -> tuple[float, float]:
 
 
 def unfinished(evidence: Evidence) -> Finding | None:
-    """The ELBO was still rising."""
+    """The ELBO was still rising, and on other data too as far as is known."""
     trace = _trace(evidence.fit)
-    if len(trace) < FEWEST_STEPS:
+    if len(trace) < FEWEST_STEPS or overfitted(evidence) is not None:
         return None
     quarter = len(trace) // 4
     (before, a), (after, b) = (
@@ -148,34 +151,67 @@ def unfinished(evidence: Evidence) -> Finding | None:
 
 
 def overfitted(evidence: Evidence) -> Finding | None:
-    """The ELBO is higher on the training data."""
-    if evidence.elbo is None:
-        return None
-    here = evidence.elbo.elbo
-    if evidence.training_elbo is not None:
-        there = float(evidence.training_elbo.estimate[0])
-        error = float(evidence.training_elbo.standard_error[0])
-    elif evidence.fit.info.get("traces_elbo") and len(_trace(evidence.fit)) >= FEWEST_STEPS:
-        trace = _trace(evidence.fit)
-        there, noise = _mean_and_error(trace[-len(trace) // 4 :])
-        spread = float(here.pointwise[0].std()) / np.sqrt(evidence.fit.config["num_data"])
-        error = float(np.hypot(noise, spread))
+    """The training data are fitted better than others."""
+    for compare in (_held_out_fell, _training_is_better, _trace_is_better):
+        found = compare(evidence)
+        if found is not None and found[0] > max(MATTERS, ERRORS * found[1]):
+            break
     else:
         return None
-    fall = there - float(here.estimate[0])
-    if fall <= max(MATTERS, ERRORS * float(np.hypot(error, here.standard_error[0]))):
-        return None
-    gap = evidence.gap
-    encoder = ""
+    fall, error, what = found
+    gap, encoder = evidence.gap, ""
     if gap is not None and _surely(gap.amortisation):
-        encoder = f" The encoder itself loses {_words(gap.amortisation)} of it here."
+        encoder = f" Here the encoder alone loses {_words(gap.amortisation)}."
     return Finding(
         "overfitted",
         fall,
-        f"The fit is overfitted: its ELBO is {fall:.2f} nats per datum higher on the training data "
-        f"than on these.{encoder}",
+        f"The fit is overfitted: {what} by {fall:.2f} +- {error:.2f} nats per datum.{encoder}",
         "Stop earlier (validation=0.1, patience=10), take smaller networks, or give more data.",
     )
+
+
+def _held_out_fell(evidence: Evidence) -> tuple[float, float, str] | None:
+    """How far the held-out ELBO ended below its best, in means of three."""
+    known = evidence.fit.validation_elbo
+    values = np.zeros(0) if known is None else known[0][np.isfinite(known[0])]
+    if len(values) < 6 or evidence.fit.config.get("patience"):
+        return None
+    means = np.convolve(values, np.ones(3) / 3, mode="valid")
+    error = float(np.std(np.diff(values)) / np.sqrt(3))
+    return float(means.max() - means[-1]), error, "the held-out ELBO fell from its best"
+
+
+def _training_is_better(evidence: Evidence) -> tuple[float, float, str] | None:
+    """How much more the guide loses here than on training data, or the ELBO is below theirs."""
+    loss, there = evidence.loss, evidence.training_loss
+    if loss is None or there is None or evidence.elbo is None or evidence.training_elbo is None:
+        return None
+    pairs = ((loss, there), (evidence.training_elbo, evidence.elbo.elbo))
+    found = [
+        (
+            float(a.estimate[0] - b.estimate[0]),
+            float(np.hypot(a.standard_error[0], b.standard_error[0])),
+        )
+        for a, b in pairs
+    ]
+    fall, error = max(found, key=lambda pair: pair[0] / max(pair[1], 1e-12))
+    what = "the guide's loss is higher" if (fall, error) == found[0] else "the ELBO is lower"
+    return fall, error, f"{what} here than on the training data,"
+
+
+def _trace_is_better(evidence: Evidence) -> tuple[float, float, str] | None:
+    """How far the ELBO is below that of the last quarter of the training."""
+    trace = _trace(evidence.fit)
+    if evidence.elbo is None or evidence.training_elbo is not None or len(trace) < FEWEST_STEPS:
+        return None
+    if not evidence.fit.info.get("traces_elbo"):
+        return None
+    here = evidence.elbo.elbo
+    there, noise = _mean_and_error(trace[-(len(trace) // 4) :])
+    spread = float(here.pointwise[0].std()) / np.sqrt(evidence.fit.config["num_data"])
+    error = float(np.linalg.norm([noise, spread, here.standard_error[0]]))
+    fall = there - float(here.estimate[0])
+    return fall, error, "the ELBO is lower here than at the end of the training,"
 
 
 # --- latents --------------------------------------------------------------------------------------
@@ -231,8 +267,8 @@ def miscalibrated(evidence: Evidence) -> Finding | None:
         return Finding(
             "miscalibrated",
             float(p_values[TEST].values[0]),
-            f"The guide is not the posterior: log p(x | z) ranks wrongly, though each dimension alone "
-            f"ranks well (p = {p_values[TEST].values[0]:.1g}).",
+            f"The guide is not the posterior: log p(x | z) ranks wrongly, and no single dimension "
+            f"does (p = {p_values[TEST].values[0]:.1g}).",
             "Take a family that joins dimensions: guides.full_covariance or guides.flow.",
         )
     scale = float(np.median(rank_scale(bad)))
@@ -265,7 +301,7 @@ def unreliable(evidence: Evidence) -> Finding | None:
     if below is not None and _surely(below):
         says = f": the bracket says by {_words(below)}"
     elif below is not None:
-        says = f", though the bracket does not say by how much ({_words(below)})"
+        says = f"; on average the bracket sees little of it ({_words(below)})"
     return Finding(
         "importance-sampling",
         share,
@@ -304,9 +340,10 @@ def poor_encoder(evidence: Evidence) -> Finding | None:
     return Finding(
         "amortisation",
         float(gap.amortisation.estimate[0]),
-        f"The encoder loses {_words(gap.amortisation)} per datum: the family has better guides for "
-        f"these data.",
-        "Try a larger encoder, more training, or guides.semi_amortised.",
+        f"The encoder loses {_words(gap.amortisation)} per datum: its family has better guides for "
+        f"these data. It is too small, not trained to the end, or overfitted to its training data.",
+        "Give train= to see which; try a larger encoder, more training or data, or "
+        "guides.semi_amortised.",
     )
 
 

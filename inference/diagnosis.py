@@ -46,6 +46,7 @@ else:  # a second to import
 
 REFUSALS = (ValueError, TypeError, NotImplementedError, FloatingPointError, MemoryError)
 NUM_PICTURES = 8  # data in the posterior-predictive picture
+FEWEST_TRAINING = 500  # training data that are judged, if there are so many
 NUM_DRAWS = 20  # of the latents, where a few do
 WORDS = {
     "elbo": "ELBO",
@@ -191,7 +192,7 @@ def diagnose(
         num_data: how many data, spread evenly over all, for the judges that take long: bracket,
             gap and training ELBO.
         num_simulations: simulations of the calibration. A bracket is made of ``num_data`` / 2.
-        num_samples: draws of the importance sampling.
+        num_samples: draws of the importance sampling on all data. Beside the bracket it has 5,000.
         num_steps: temperatures of the bracket.
         key: a random key. A fixed one by default.
         progress: whether to show progress.
@@ -217,13 +218,17 @@ def diagnose(
             mean = evidence.elbo and f"{evidence.elbo.elbo.estimate[0]:.4f}"
             shown.update(i + 1, {"ELBO": mean} if mean else {})
     return Page(
-        title=f"{one.config['model']}, guide {one.config['guide']}"[:200],
+        title=f"{_short(one.config['model'])}, guide {_short(one.config['guide'])}",
         findings=findings_of(evidence),
         numbers=_numbers(evidence),
         notes=_notes(evidence, result),
         missing=missing,
         figures=_figures(asked, evidence, missing),
     )
+
+
+def _short(words: str) -> str:
+    return words if len(words) <= 60 else f"{words[:57]}..."
 
 
 def _one_seed(result: Fit) -> Fit:
@@ -262,16 +267,27 @@ def _elbo(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
 def _density(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
     programs = programs_of(asked.one, asked.one.batch)
     judge = log_predictive_density if programs.has_globals else log_likelihood
-    return {"density": judge(asked.one, asked.data, num_samples=asked.num_samples)}
+    density = judge(asked.one, asked.data, num_samples=asked.num_samples)
+    elbo = evidence.elbo and evidence.elbo.elbo
+    return {"density": density, "loss": elbo and _less(density, elbo)}
 
 
 def _training(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
     if asked.train is None:
         return {}
     judged = judged_data(asked.one, asked.train)
-    index = spread_rows(length(judged.arrays), asked.num_data)
+    index = spread_rows(length(judged.arrays), max(asked.num_data, FEWEST_TRAINING))
     some = Prepared(rows(judged.arrays, index)) if judged.programs.takes_batches else asked.train
-    return {"training_elbo": elbo_terms(asked.one, some, num_samples=NUM_DRAWS).elbo}
+    on_training = replace(asked, data=some)
+    found = _elbo(on_training, evidence)
+    found = _density(on_training, replace(evidence, **found)) | found
+    return {"training_elbo": found["elbo"].elbo, "training_loss": found["loss"]}
+
+
+def _less(a: Estimate, b: Estimate) -> Estimate:
+    """a - b, datum by datum."""
+    difference = a.pointwise.astype(np.float64) - b.pointwise
+    return Estimate("difference", difference, a.num_samples, a.data)
 
 
 def _latents(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
@@ -287,9 +303,9 @@ def _latents(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
         for values in (draws, exchanged)
     )
     lost = (np.asarray(own, np.float64) - np.asarray(other)).mean(1)
-    explained = {}
-    for name in local if evidence.elbo is not None else ():
-        between = evidence.elbo.z_loc[name][0].var(0)
+    explained, z_loc = {}, {} if evidence.elbo is None else evidence.elbo.z_loc
+    for name in z_loc.keys() & set(local):
+        between = z_loc[name][0].var(0)
         spread = draws[name][0].astype(np.float64)
         spread = spread.reshape(spread.shape[0] * spread.shape[1], -1).var(0)
         explained[name] = between / np.maximum(spread, np.finfo(np.float32).tiny)
@@ -303,10 +319,7 @@ def _calibration(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
 
 
 def _bracket(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
-    found = bracket(
-        asked.one, asked.sample, num_steps=asked.num_steps, num_samples=asked.num_samples
-    )
-    return {"bracket": found}
+    return {"bracket": bracket(asked.one, asked.sample, num_steps=asked.num_steps)}
 
 
 def _simulated(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
