@@ -70,8 +70,8 @@ class Machines:
             )
 
 
-def command_line(main: Callable[[Any], Any], config_type: type) -> None:
-    """Runs ``main`` with a configuration from the command line.
+def command_line(main: Callable[[Any], Any], config_type: type) -> Any:
+    """Runs ``main`` with a configuration from the command line, and returns what it returns.
 
     A setting, file or data set that cannot be used is one line on standard error and exit
     status 2. Data that cannot be read any more, and processes that have stopped, are one line and
@@ -83,8 +83,9 @@ def command_line(main: Callable[[Any], Any], config_type: type) -> None:
     try:
         with contextlib.redirect_stderr(complaint):
             config = tyro.cli(config_type)
-        main(config)
+        result = main(config)
         gc.freeze()
+        return result
     except (ValueError, FloatingPointError, OSError, MemoryError) as error:
         _leave(str(error))
     except RuntimeError as error:

@@ -1,0 +1,362 @@
+"""Hold every judge against every exact answer, and write a certificate.
+
+    python experiments/certify.py
+    python experiments/certify.py --quick
+    python experiments/certify.py --out experiments/certificate.md
+
+**Known parameters.** The problems and the guides of ``experiments/known.py`` have a formula for all
+that a judge measures. Each row of the table is one judge on one problem with one guide. It has data
+and a random key of its own. So the differences, in standard errors, are independent, and standard
+normal if the judges are right. One Kolmogorov-Smirnov test takes them all. Every single one must be
+below four, too. A row without noise must equal its formula to rounding.
+
+**Trained fits.** A few fits of ``experiments/exact.py`` and the toy are trained. A gap by formula
+must be at least the family's least gap and at most a stated bound above it. Sampled numbers must
+lie within four standard errors. The toy's parameters must be those of the greatest likelihood.
+
+The script ends with status 1 if anything fails.
+"""
+
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+from scipy import stats
+from tabulate import tabulate
+
+from experiments import exact, runner
+from experiments.compiled import keep_compiled
+from experiments.judges import JUDGES, MOST_ERRORS, Sizes
+from experiments.known import PROBLEMS, PROGRAMS, Trial
+from experiments.precision import full_precision
+from experiments.settings import check_least, command_line
+from inference import fit
+from inference._describe import describe_arrays, describe_device, versions
+from inference._progress import progress
+from models import gaussian_mean
+
+LEVEL = 1e-3  # of the Kolmogorov-Smirnov test
+TRAINED = (
+    "linear-gaussian/mean-field/mean_field/Trace_ELBO",
+    "linear-gaussian/full-covariance/mean_field/Trace_ELBO",
+    "hierarchical/mean-field/mean_field/Trace_ELBO",
+    "regression/mean-field/mean_field/Trace_ELBO",
+    "regression/mean-field/full_covariance/Trace_ELBO",
+)
+TOY_ROOM = 0.01  # of each parameter of the trained toy, for the optimiser's noise
+GAP_ROOM = 0.03  # nats per datum
+# Quick: each judge on the first where it is defined, so often.
+QUICK, REPEATS = (("hierarchical", "wide"), ("linear-gaussian, labels", "wide")), 3
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the certificate.
+
+    Attributes:
+        quick: Whether to judge fewer problems with fewer draws.
+        seed: Random seed.
+        out: Markdown file to write. Default: none, the certificate is printed only.
+        progress: Whether to show a progress bar.
+    """
+
+    quick: bool = False
+    seed: int = 0
+    out: Path | None = None
+    progress: bool = True
+
+    def __post_init__(self):
+        check_least(0, self, "seed")
+
+    @property
+    def sizes(self) -> Sizes:
+        """How much a row takes."""
+        return Sizes(1_000, 20, 60, 1_000) if self.quick else Sizes(4_000, 30, 200, 4_000)
+
+    @property
+    def names(self) -> list[tuple[str, str, str, int]]:
+        """Of every row the judge, the problem, the guide, and which one of the judge's it is."""
+        found = []
+        for judge, known in JUDGES.items():
+            programs = QUICK if self.quick else PROGRAMS
+            defined = [program for program in programs if known.is_defined(*program)]
+            chosen = defined[:1] * REPEATS if self.quick else defined
+            found += [(judge, *program, i) for i, program in enumerate(chosen)]
+        return found
+
+
+# --- known parameters -----------------------------------------------------------------------------
+
+
+def row(config: Config, judge: str, problem: str, guide: str, position: int) -> dict[str, Any]:
+    """One judge on one problem. The seed is of the row's name: no two rows share draws."""
+    began, known, sizes = time.perf_counter(), JUDGES[judge], config.sizes
+    name = f"{judge}/{problem}/{guide}/{position}"
+    each = sizes.few if PROBLEMS[problem].num_shared else sizes.many
+    num_data = {"each": each, "many": sizes.many, "few": sizes.few}[known.data]
+    trial = Trial(problem, guide, num_data, [config.seed, zlib.crc32(name.encode())])
+    found = known.measure(trial, sizes)
+    return {
+        "judge": judge,
+        "problem": problem,
+        "guide": guide,
+        "num_data": num_data,
+        "data": describe_arrays(trial.data, contents=True),
+        **found._asdict(),
+        "away": found.away,
+        "passed": found.is_right,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def rows(config: Config) -> Iterator[dict[str, Any]]:
+    """All rows of known parameters, with a bar."""
+    with progress(len(config.names), "row", show=config.progress) as shown:
+        for i, name in enumerate(config.names):
+            yield row(config, *name)
+            shown.update(i + 1, {"judge": name[0]})
+
+
+def differences(found: list[dict[str, Any]]) -> list[float]:
+    """The differences of the rows with noise, in standard errors."""
+    return [known["away"] for known in found if known["away"] is not None]
+
+
+def normality(found: list[dict[str, Any]]) -> float:
+    """The p-value of the Kolmogorov-Smirnov test of all differences against Normal(0, 1).
+
+    It is 0 if a difference is no number.
+    """
+    away = differences(found)
+    return float(stats.kstest(away, "norm").pvalue) if np.isfinite(away).all() else 0.0
+
+
+# --- trained fits ---------------------------------------------------------------------------------
+
+
+def between(fitted: str, what: str, number: float, low: float, high: float) -> dict[str, Any]:
+    """A number of a trained fit, and the bounds that it must keep."""
+    passed = bool(low <= number <= high)
+    return {
+        "fit": fitted,
+        "what": what,
+        "number": number,
+        "low": low,
+        "high": high,
+        "passed": passed,
+    }
+
+
+def schedule(num_steps: int, rate: float) -> Any:
+    """Adam. The learning rate falls to zero along a cosine."""
+    return optax.adam(optax.cosine_decay_schedule(rate, num_steps), b2=0.99)
+
+
+def toy(config: Config) -> list[dict[str, Any]]:
+    """The toy's parameters beside those of the greatest likelihood, and its gap by formula."""
+    truth = gaussian_mean.Truth()
+    data = truth.simulate(1_000, config.seed)
+    best, _ = gaussian_mean.maximum_likelihood(data, truth.sigma_0)
+    num_steps = 2_000 if config.quick else 5_000
+    fitted = fit(
+        gaussian_mean.Model(truth.sigma_0),
+        gaussian_mean.Guide(truth.sigma_0),
+        data,
+        optimizer=schedule(num_steps, 0.05),
+        num_steps=num_steps,
+        average=0.1,
+        seed=config.seed,
+        progress=False,
+    )
+    params = {name: np.float64(value) for name, value in fitted.params_of(0).items()}
+    mean, scale = gaussian_mean.posterior(params, truth.sigma_0, data["c"], data["x"])
+    away = params["phi_1"] * data["x"] + params["phi_2"] * data["c"] + params["phi_3"] - mean
+    log_ratio = params["phi_4"] / 2 - np.log(scale)
+    squares = np.mean(away**2) / scale**2 + np.exp(2 * log_ratio)
+    gap = float(0.5 * (squares - 1) - log_ratio)
+    found = [
+        between("toy", name, float(params[name]), value - TOY_ROOM, value + TOY_ROOM)
+        for name, value in best.items()
+    ]
+    return [*found, between("toy", "gap", gap, -exact.ROUNDING, GAP_ROOM + exact.ROUNDING)]
+
+
+def held(config: Config) -> list[dict[str, Any]]:
+    """Gaps of the guides of ``TRAINED``, by formula and sampled. The models are held."""
+    settings = exact.Config(seed=config.seed, progress=False)
+    data = exact.diabetes(settings)
+    experiment = replace(exact.EXPERIMENT, names=lambda _: TRAINED)
+    found = []
+    for name, judged in exact.judge(
+        settings, data, runner.train(experiment, settings, data)
+    ).items():
+        known, (low, high) = exact.row(name, judged), judged.least
+        room = exact.RUNGS[exact.Name.of(name).rung].room + exact.ROUNDING
+        noise = MOST_ERRORS * judged.error + exact.ROUNDING
+        gap, sampled = known["gap"], known["sampled_gap"]
+        found += [
+            between(name, "gap", gap, low - exact.ROUNDING, high + room),
+            between(name, "sampled gap", sampled, gap - noise, gap + noise),
+        ]
+    return found
+
+
+# --- the certificate ------------------------------------------------------------------------------
+
+
+def overview(found: list[dict[str, Any]], style: str) -> str:
+    """Problems x judges: differences in standard errors."""
+    programs = dict.fromkeys((known["problem"], known["guide"]) for known in found)
+    cells: dict[str, dict[Any, list[str]]] = {}
+    for known in found:
+        cell = "=" if known["away"] is None else f"{known['away']:+.1f}"
+        cell += "" if known["passed"] else " no"
+        own = cells.setdefault(known["judge"], {})
+        own.setdefault((known["problem"], known["guide"]), []).append(cell)
+    body = [
+        (judge, *(" ".join(own.get(p, ["."])) for p in programs)) for judge, own in cells.items()
+    ]
+    headers = ("judge", *(f"{problem}: {guide}" for problem, guide in programs))
+    return tabulate(body, headers, tablefmt=style, disable_numparse=True)
+
+
+def details(found: list[dict[str, Any]], style: str) -> str:
+    """A line for each row."""
+    body = [
+        (
+            known["problem"],
+            known["guide"],
+            known["judge"],
+            f"{known['number']:.5f}",
+            f"{known['formula']:.5f}",
+            f"{known['difference']:+.1e}",
+            f"rounding {known['bound']:.0e}" if known["away"] is None else f"{known['error']:.1e}",
+            "" if known["away"] is None else f"{known['away']:+.2f}",
+            f"{known['seconds']:.1f}",
+            "yes" if known["passed"] else "no",
+        )
+        for known in found
+    ]
+    headers = ("problem", "guide", "judge", "number", "formula", "difference", "error")
+    headers += ("errors away", "seconds", "passed")
+    align = ("left",) * 3 + ("right",) * 6 + ("left",)
+    return tabulate(body, headers, tablefmt=style, disable_numparse=True, colalign=align)
+
+
+def trained_table(found: list[dict[str, Any]], style: str) -> str:
+    """A line for each number of a trained fit."""
+    body = [
+        (
+            known["fit"],
+            known["what"],
+            f"{known['number']:.5f}",
+            f"{known['low']:.5f} to {known['high']:.5f}",
+            "yes" if known["passed"] else "no",
+        )
+        for known in found
+    ]
+    return tabulate(
+        body, ("fit", "what", "number", "must be", "passed"), tablefmt=style, disable_numparse=True
+    )
+
+
+def command(config: Config) -> str:
+    """The command that makes the same certificate."""
+    words = ["python experiments/certify.py", "--quick" * config.quick]
+    words += [f"--seed {config.seed}"] if config.seed else []
+    words += [f"--out {config.out}"] if config.out else []
+    return " ".join(word for word in words if word)
+
+
+def certificate(result: dict[str, Any], style: str = "github") -> str:
+    """The certificate as a person reads it: Markdown, with tables in a style of tabulate."""
+    found = result["rows"]
+    packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    noisy = differences(found)
+    failed = [known for known in [*found, *result["trained"]] if not known["passed"]]
+    judges = dict.fromkeys(known["judge"] for known in found)
+    claims = "\n".join(f"- `{judge}`: {JUDGES[judge].claim}." for judge in judges)
+    return f"""# Certificate: every judge against every exact answer
+
+- **Result**: {"passed" if result["passed"] else "FAILED"}
+- Date: {result["date"]}
+- Command: `{result["command"]}`
+- Versions: {packages}
+- Device: {result["device"]}, {result["seconds"]:.0f} s
+
+{len(found)} rows have known parameters. {len(noisy)} of them have noise. Each has data and a random
+key of its own. The noisy differences, in standard errors, must look like draws of Normal(0, 1):
+
+- Kolmogorov-Smirnov: p = {result["p_value"]:.3g}. It must be at least {LEVEL:g}.
+- Greatest: {max(map(abs, noisy), default=0):.2f}. It must be at most {MOST_ERRORS}.
+- Rows and numbers that failed: {len(failed)}
+
+## Differences in standard errors
+
+`=`: exact to rounding. `.`: not defined, or not asked.
+
+{overview(found, style)}
+
+## What the rows certify
+
+{claims}
+
+## Trained fits
+
+A gap is log p - ELBO in nats per datum. It is a formula of the fitted parameters. It must be at
+least the least of the family and at most a stated bound above it.
+
+{trained_table(result["trained"], style)}
+
+## All rows
+
+`exact`: the posterior. `wide`: a mean field, wider than the best one and shifted. `error`: the
+standard error of the difference, or what rounding may do.
+
+{details(found, style)}
+"""
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Judge all that has a formula, print the certificate, and write it if ``out`` is given.
+
+    Returns:
+        ``passed``, ``p_value``, ``rows`` and ``trained``, and what the certificate says beside.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    began = time.perf_counter()
+    keep_compiled()
+    full_precision()
+    found = list(rows(config))
+    trained = toy(config) + ([] if config.quick else held(config))
+    p_value = normality(found)
+    result = {
+        "passed": p_value >= LEVEL and all(known["passed"] for known in [*found, *trained]),
+        "p_value": p_value,
+        "rows": found,
+        "trained": trained,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": command(config),
+        "versions": versions(),
+        "device": describe_device(),
+        "seconds": time.perf_counter() - began,
+    }
+    print(certificate(result, "simple"))
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text(certificate(result))
+        print(f"written to {config.out}")
+    return result
+
+
+if __name__ == "__main__" and not command_line(main, Config)["passed"]:
+    sys.exit(1)
