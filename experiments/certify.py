@@ -95,19 +95,23 @@ class Config:
 # --- known parameters -----------------------------------------------------------------------------
 
 
-def row(config: Config, judge: str, problem: str, guide: str, position: int) -> dict[str, Any]:
-    """One judge on one problem. The seed is of the row's name: no two rows share draws."""
-    began, known, sizes = time.perf_counter(), JUDGES[judge], config.sizes
-    name = f"{judge}/{problem}/{guide}/{position}"
+def trial_of(config: Config, judge: str, problem: str, guide: str, position: int) -> Trial:
+    """The trial of a row. Its seed comes from the row's name: no two rows share draws."""
+    name, sizes = f"{judge}/{problem}/{guide}/{position}", config.sizes
     each = sizes.few if PROBLEMS[problem].num_shared else sizes.many
-    num_data = {"each": each, "many": sizes.many, "few": sizes.few}[known.data]
-    trial = Trial(problem, guide, num_data, [config.seed, zlib.crc32(name.encode())])
-    found = known.measure(trial, sizes)
+    num_data = {"each": each, "many": sizes.many, "few": sizes.few}[JUDGES[judge].data]
+    return Trial(problem, guide, num_data, [config.seed, zlib.crc32(name.encode())])
+
+
+def row(config: Config, judge: str, problem: str, guide: str, position: int) -> dict[str, Any]:
+    """One judge on one problem."""
+    began = time.perf_counter()
+    trial = trial_of(config, judge, problem, guide, position)
+    found = JUDGES[judge].measure(trial, config.sizes)
     return {
         "judge": judge,
         "problem": problem,
         "guide": guide,
-        "num_data": num_data,
         "data": describe_arrays(trial.data, contents=True),
         **found._asdict(),
         "away": found.away,
@@ -358,5 +362,11 @@ def main(config: Config) -> dict[str, Any]:
     return result
 
 
-if __name__ == "__main__" and not command_line(main, Config)["passed"]:
-    sys.exit(1)
+def script() -> None:
+    """The certificate from the command line. Status 1 says that it failed."""
+    if not command_line(main, Config)["passed"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    script()

@@ -20,6 +20,7 @@ the judges. A ``Trial`` is one problem, one guide, and data that NumPy drew from
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Problem:
     def blocks(self) -> dict[str, slice]:
         """The dimensions of u that belong to each site."""
         sizes = [math.prod(shape) for shape in self.latents.values()]
-        ends = np.cumsum(sizes)
+        ends = itertools.accumulate(sizes)
         return {n: slice(e - s, e) for n, s, e in zip(self.latents, sizes, ends, strict=True)}
 
     def is_shared(self, site: str) -> bool:
@@ -189,7 +190,7 @@ class Hierarchical(Problem):
 
     latents = {"mu": (), "z": ()}  # noqa: RUF012
     num_shared = 1
-    model = hierarchical_gaussian.Model(mu_0=0.3, tau_0=0.9, tau=0.7, sigma=0.8)
+    model = hierarchical_gaussian.Model(mu_0=1.5, tau_0=0.9, tau=0.7, sigma=0.8)
     slope = np.zeros((1, 0))
 
     def prior(self, data: Mapping[str, Any], num_data: int) -> tuple[np.ndarray, np.ndarray]:

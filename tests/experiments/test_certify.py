@@ -1,0 +1,207 @@
+"""The certificate: it passes, it fails where a judge is broken, and it has the models' formulas."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import certify, judges
+from experiments.known import PROBLEMS, PROGRAMS, Trial, log_normal
+from models import gaussian_mean, hierarchical_gaussian, linear_gaussian, regression
+
+CONFIG = certify.Config(quick=True, progress=False)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The result of a quick run, and the file that it wrote."""
+    path = tmp_path_factory.mktemp("certificate") / "certificate.md"
+    return certify.main(replace(CONFIG, out=path)), path.read_text()
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_a_quick_run_passes_and_writes_the_certificate(quick):
+    result, written = quick
+    assert result["passed"], written
+    assert result["p_value"] > certify.LEVEL
+    assert {known["judge"] for known in result["rows"]} == set(judges.JUDGES)
+    for judge, known in judges.JUDGES.items():
+        assert f"- `{judge}`: {known.claim}." in written
+    for words in ("passed", result["command"], f"jax {result['versions']['jax']}"):
+        assert words in written
+
+
+def test_every_row_has_data_and_a_key_of_its_own(quick):
+    rows = quick[0]["rows"]
+    hashes = [known["data"]["x"].split("sha256:")[1] for known in rows]
+    assert len(set(hashes)) == len(rows)
+    keys = [certify.trial_of(CONFIG, *name).key for name in CONFIG.names]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(rows)
+
+
+def test_every_judge_has_a_row_on_every_problem_with_an_answer():
+    names = certify.Config().names
+    assert len(names) == len(set(names)) > 150
+    for problem, guide in PROGRAMS:
+        own = {name[0] for name in names if name[1:3] == (problem, guide)}
+        refused = {"label_check"} if not PROBLEMS[problem].num_labels else set()
+        refused |= {"log_likelihood"} if PROBLEMS[problem].num_shared else set()
+        assert own >= {name for name in judges.JUDGES if ":" not in name} - refused
+        assert not own & refused
+
+
+# --- broken judges --------------------------------------------------------------------------------
+
+
+def by_site(values):
+    """Draws that are twice as large."""
+    return {name: 2 * array for name, array in values.items()}
+
+
+def estimate(known):
+    """A number that is 0.05 nats too great."""
+    return replace(known, pointwise=known.pointwise + 0.05)
+
+
+def terms(known):
+    """Terms that are all wrong."""
+    wrong = {n: estimate(getattr(known, n)) for n in ("elbo", "reconstruction", "kl")}
+    wrong |= {n: by_site(getattr(known, n)) for n in ("kl_of_globals", "kl_per_dim", "z_loc")}
+    return replace(known, **wrong)
+
+
+def labels(known):
+    """Labels in another order."""
+    return replace(known, log_likelihood=np.roll(known.log_likelihood, 1, axis=2))
+
+
+BROKEN = {
+    "pointwise_elbo": estimate,
+    "elbo_terms": terms,
+    "log_likelihood": estimate,
+    "log_predictive_density": estimate,
+    "label_check": labels,
+    "pointwise_log_likelihood": by_site,
+    "sample_posterior": by_site,
+    "sample_posterior_predictive": by_site,
+    "sample_prior_predictive": by_site,
+    "encode": by_site,
+    "decode": by_site,
+}
+
+
+def function_of(judge):
+    return judge.split(":")[0]
+
+
+def test_every_judge_is_broken_below():
+    assert {function_of(judge) for judge in judges.JUDGES} == set(BROKEN)
+
+
+@pytest.mark.parametrize("judge", judges.JUDGES)
+def test_the_rows_of_a_broken_judge_fail(judge, monkeypatch):
+    function = function_of(judge)
+    right, breaks = getattr(judges, function), BROKEN[function]
+    monkeypatch.setattr(judges, function, lambda *args, **kwargs: breaks(right(*args, **kwargs)))
+    rows = [certify.row(CONFIG, *name) for name in CONFIG.names if name[0] == judge]
+    assert [known for known in rows if not known["passed"]]
+
+
+@pytest.mark.parametrize("change", [lambda p: p + 0.05, lambda p: -p, lambda p: p * np.nan])
+def test_the_script_ends_with_status_1_where_a_judge_is_broken(change, monkeypatch, capsys):
+    right = judges.log_likelihood
+
+    def broken(*args, **kwargs):
+        known = right(*args, **kwargs)
+        return replace(known, pointwise=change(known.pointwise))
+
+    monkeypatch.setattr(judges, "log_likelihood", broken)
+    monkeypatch.setattr(certify, "JUDGES", {"log_likelihood": judges.JUDGES["log_likelihood"]})
+    monkeypatch.setattr("sys.argv", ["certify.py", "--quick", "--no-progress"])
+    with pytest.raises(SystemExit) as ended:
+        certify.script()
+    assert ended.value.code == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def test_one_test_takes_all_differences():
+    """A small bias that no single row shows."""
+    away = np.random.default_rng(0).normal(size=100)
+    rows = [{"away": None}, *({"away": float(z)} for z in away)]
+    biased = [{"away": float(z) + 0.6} for z in away]
+    assert np.abs(away + 0.6).max() < judges.MOST_ERRORS
+    assert certify.normality(rows) > certify.LEVEL > certify.normality(biased)
+    assert certify.normality([*rows, {"away": float("nan")}]) == 0
+
+
+def test_a_row_is_judged_by_its_noise_or_by_rounding():
+    noise = np.random.default_rng(0).normal(size=10_000)
+    assert judges.compared(noise, 0.0).is_right
+    assert not judges.compared(noise + 0.1, 0.0).is_right
+    assert not judges.compared(20 * noise, 0.0).is_right  # too noisy to say
+    assert judges.compared(np.full(9, 1 + 1e-6), 1.0).is_right
+    assert not judges.compared(np.full(9, 1.001), 1.0).is_right
+    assert not judges.compared(np.full(9, np.nan), 1.0).is_right
+
+
+# --- formulas -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_an_exact_guide_loses_nothing(problem):
+    """The ELBO is log p, and without global sites that holds for each datum."""
+    trial = Trial(problem, "exact", 12, 3)
+    if trial.problem.num_shared:
+        module = {"hierarchical": hierarchical_gaussian, "regression": regression}[problem]
+        elbo = trial.elbo().mean() - trial.kl_of_globals() / trial.num_data
+        evidence = module.log_evidence(trial.problem.model, trial.data)
+        assert elbo == pytest.approx(evidence, abs=1e-6)
+        new = module.log_predictive_density(trial.problem.model, trial.data, trial.data)
+        np.testing.assert_allclose(trial.log_p(), new, atol=1e-6)
+    else:
+        np.testing.assert_allclose(trial.elbo(), trial.log_p(), atol=1e-5)
+
+
+def test_log_p_is_the_formula_of_the_model():
+    toy = Trial("toy", "wide", 12, 3)
+    sigma_0, data = toy.problem.model.sigma_0, toy.data
+    known = gaussian_mean.log_likelihood(toy.problem.params, sigma_0, data["c"], data["x"])
+    np.testing.assert_allclose(toy.log_p(), known, rtol=1e-5)
+    for name in ("linear-gaussian", "linear-gaussian, labels"):
+        trial = Trial(name, "wide", 12, 3)
+        problem = trial.problem
+        known = linear_gaussian.log_likelihood(problem.model, problem.params, trial.data)
+        np.testing.assert_allclose(trial.log_p(), known, rtol=1e-5)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_wide_guide_loses_something(problem):
+    trial = Trial(problem, "wide", 12, 3)
+    elbo = trial.elbo().mean() - trial.kl_of_globals() / 12
+    best = Trial(problem, "exact", 12, 3)
+    assert elbo < best.elbo().mean() - best.kl_of_globals() / 12 - 0.01
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_joint_density_is_prior_times_likelihood(problem):
+    trial = Trial(problem, "exact", 6, 3)
+    u = trial.rng.normal(size=trial.prior[0].shape)
+    mean, covariance = trial.joint()
+    p, P = trial.prior
+    parts = log_normal(u, p, np.broadcast_to(P, (6, *P.shape))) + trial.log_p_given(u[None])[0]
+    joint = log_normal(np.concatenate([u, trial.x], axis=1), mean, covariance)
+    np.testing.assert_allclose(joint, parts, rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_trained_fits_are_in_their_bounds(monkeypatch):
+    monkeypatch.setattr(certify, "TRAINED", certify.TRAINED[2:4])
+    found = certify.held(CONFIG)
+    assert len(found) == 4
+    assert [known for known in found if not known["passed"]] == []
