@@ -5,14 +5,14 @@
     python experiments/certify.py --out experiments/certificate.md
 
 **Known parameters.** The problems and the guides of ``experiments/known.py`` have a formula for all
-that a judge measures. Each row of the table is one judge on one problem with one guide. It has data
-and a random key of its own. So the differences, in standard errors, are independent, and standard
-normal if the judges are right. One Kolmogorov-Smirnov test takes them all. Every single one must be
-below four, too. A row without noise must equal its formula to rounding.
+that a judge measures. Each row of the table is one judge on one problem with one guide. No two rows
+share data or random keys. So their differences, in standard errors, are independent. They are
+standard normal if the judges are right. One Kolmogorov-Smirnov test takes them all. Each of them
+must be at most four, too. A row without noise must equal its formula to rounding.
 
 **Trained fits.** A few fits of ``experiments/exact.py`` and the toy are trained. A gap by formula
 must be at least the family's least gap and at most a stated bound above it. Sampled numbers must
-lie within four standard errors. The toy's parameters must be those of the greatest likelihood.
+lie within four standard errors. The toy's parameters must maximise the likelihood.
 
 The script ends with status 1 if anything fails.
 """
@@ -164,7 +164,7 @@ def schedule(num_steps: int, rate: float) -> Any:
 
 
 def toy(config: Config) -> list[dict[str, Any]]:
-    """The toy's parameters beside those of the greatest likelihood, and its gap by formula."""
+    """The toy's parameters beside the maximum-likelihood ones, and its gap by formula."""
     truth = gaussian_mean.Truth()
     data = truth.simulate(1_000, config.seed)
     best, _ = gaussian_mean.maximum_likelihood(data, truth.sigma_0)
@@ -194,7 +194,7 @@ def toy(config: Config) -> list[dict[str, Any]]:
 
 def held(config: Config) -> list[dict[str, Any]]:
     """Gaps of the guides of ``TRAINED``, by formula and sampled. The models are held."""
-    settings = exact.Config(seed=config.seed, progress=False)
+    settings = exact.Config(seed=config.seed, progress=config.progress)
     data = exact.diabetes(settings)
     experiment = replace(exact.EXPERIMENT, names=lambda _: TRAINED)
     found = []
@@ -295,8 +295,8 @@ def certificate(result: dict[str, Any], style: str = "github") -> str:
 - Versions: {packages}
 - Device: {result["device"]}, {result["seconds"]:.0f} s
 
-{len(found)} rows have known parameters. {len(noisy)} of them have noise. Each has data and a random
-key of its own. The noisy differences, in standard errors, must look like draws of Normal(0, 1):
+{len(found)} rows have known parameters. {len(noisy)} of them have noise. No two rows share data or
+random keys. The noisy differences, in standard errors, must look like draws of Normal(0, 1):
 
 - Kolmogorov-Smirnov: p = {result["p_value"]:.3g}. It must be at least {LEVEL:g}.
 - Greatest: {max(map(abs, noisy), default=0):.2f}. It must be at most {MOST_ERRORS}.

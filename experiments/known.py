@@ -311,7 +311,7 @@ def wide(best: Numbers) -> Numbers:
     return Numbers(best.slopes, best.intercepts + AWAY * np.sqrt(variances), np.diag(variances))
 
 
-# From the posterior's numbers to those of the guide.
+# Each takes the posterior's numbers and returns the guide's.
 GUIDES: dict[str, Callable[[Numbers], Numbers]] = {"exact": lambda best: best, "wide": wide}
 PROGRAMS = {(p, g): AffineGuide(PROBLEMS[p], g != "exact") for p in PROBLEMS for g in GUIDES}
 
