@@ -53,7 +53,7 @@ TRAINED = (
 TOY_ROOM = 0.01  # of each parameter of the trained toy, for the optimiser's noise
 GAP_ROOM = 0.03  # nats per datum
 # Quick: each judge on the first where it is defined, so often.
-QUICK, REPEATS = (("hierarchical", "wide"), ("linear-gaussian, labels", "wide")), 3
+QUICK, REPEATS = (("hierarchical", "wide"), ("linear-gaussian, labels", "wide")), 2
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Config:
     @property
     def sizes(self) -> Sizes:
         """How much a row takes."""
-        return Sizes(1_000, 20, 60, 1_000) if self.quick else Sizes(4_000, 30, 200, 4_000)
+        return Sizes(1_000, 20, 40, 1_000) if self.quick else Sizes(4_000, 30, 200, 4_000)
 
     @property
     def names(self) -> list[tuple[str, str, str, int]]:
