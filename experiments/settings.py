@@ -71,7 +71,7 @@ class Machines:
 
 
 def command_line(main: Callable[[Any], Any], config_type: type) -> Any:
-    """Runs ``main`` with a configuration from the command line, and returns what it returns.
+    """Runs ``main`` with a configuration from the command line. Returns what ``main`` returns.
 
     A setting, file or data set that cannot be used is one line on standard error and exit
     status 2. Data that cannot be read any more, and processes that have stopped, are one line and
