@@ -25,7 +25,8 @@ MATTERS = 0.05  # nats per datum
 ERRORS = 4  # standard errors
 LEVEL = 1e-3  # of the joint test of calibration
 UNUSED = 0.01  # nats or share of the variance, below which a dimension is unused
-HIGH_SHARE = 0.05  # of data with a high k-hat
+HIGH_SHARE = 0.1  # of data with a high k-hat
+SPREAD = 0.2  # relative variance of weights, from which a high k-hat counts
 FEWEST_STEPS = 40  # of a trace that can show a trend
 
 
@@ -124,9 +125,11 @@ def _trace(fit: Fit) -> Float[np.ndarray, " step"]:
 
 
 def _mean_and_error(trace: Float[np.ndarray, " step"]) -> tuple[float, float]:
-    """The mean, and its error from ten blocks: neighbouring steps are alike."""
+    """The mean, and its error from ten blocks (neighbouring steps are alike), less their trend."""
     blocks = np.array([block.mean() for block in np.array_split(trace, 10)])
-    return float(trace.mean()), float(blocks.std(ddof=1) / np.sqrt(len(blocks)))
+    at = np.arange(len(blocks))
+    noise = blocks - np.polyval(np.polyfit(at, blocks, 1), at)
+    return float(trace.mean()), float(np.sqrt(np.sum(noise**2) / (len(blocks) - 2) / len(blocks)))
 
 
 def unfinished(evidence: Evidence) -> Finding | None:
@@ -177,7 +180,8 @@ def _held_out_fell(evidence: Evidence) -> tuple[float, float, str] | None:
     if len(values) < 6 or evidence.fit.config.get("patience"):
         return None
     means = np.convolve(values, np.ones(3) / 3, mode="valid")
-    error = float(np.std(np.diff(values)) / np.sqrt(3))
+    late = values[len(values) // 2 :]
+    error = float(np.std(np.diff(late, 2)) / np.sqrt(6 * 3))  # noise alone: no trend
     return float(means.max() - means[-1]), error, "the held-out ELBO fell from its best"
 
 
@@ -243,7 +247,7 @@ def collapsed(evidence: Evidence) -> Finding | None:
     where = ", ".join(f"{n} ({int(d.sum())} of {d.size})" for n, d in unused.items() if d.any())
     return Finding(
         "unused-latents",
-        count,
+        float(count),
         f"{count} of {total} latent dimensions are unused: {where}. They do not follow the data.",
         "If they should tell something, warm the divergence up (KLWarmUp) or give free bits "
         "(FreeBits); if not, fewer latents do the same.",
@@ -292,8 +296,7 @@ def miscalibrated(evidence: Evidence) -> Finding | None:
 
 def unreliable(evidence: Evidence) -> Finding | None:
     """Importance sampling cannot be believed."""
-    high = None if evidence.density is None else evidence.density.high_pareto_k
-    share = 0.0 if high is None else float(high.estimate[0])
+    share = _unreliable_share(evidence.density)
     below = _above_importance(evidence.bracket)
     if share <= HIGH_SHARE and not _surely(below):
         return None
@@ -309,6 +312,19 @@ def unreliable(evidence: Evidence) -> Finding | None:
         f"there{says}.",
         "Try guides.flow, and give the lower bound of bracket beside log_likelihood.",
     )
+
+
+def _unreliable_share(density: Estimate | None) -> float:
+    """The share of data with a high k-hat whose weights differ enough for it to matter.
+
+    The tail of nearly equal weights may have any shape. Their relative variance is about twice the
+    divergence KL(q || p(z | x)).
+    """
+    high = None if density is None else density.high_pareto_k
+    if density is None or high is None or density.monte_carlo_variance is None:
+        return 0.0
+    variance = density.monte_carlo_variance[0] * density.num_samples
+    return float(np.mean((high.pointwise[0] > 0) & ~(variance < SPREAD)))
 
 
 def _above_importance(bracket: Bracket | None) -> Estimate | None:

@@ -176,7 +176,7 @@ def diagnose(
     wide-guide             ranks lie in the middle: they are too large
     biased-guide           the ranks are not uniform, though the deviations are right
     miscalibrated          only log p(x | z) ranks wrongly
-    importance-sampling    k-hat is too high for over 5 % of the data, or annealing is higher
+    importance-sampling    k-hat is too high for over 10 % of the data, or annealing is higher
     approximation          the best guide of the family is below log p
     amortisation           the guide is below the best of its family
     =====================  ======================================================================
@@ -214,7 +214,7 @@ def diagnose(
             try:
                 evidence = replace(evidence, **judge(asked, evidence))
             except REFUSALS as error:
-                missing[name] = str(error).splitlines()[0]
+                missing[name] = str(error).splitlines()[0].removeprefix(f"{name}: ")
             mean = evidence.elbo and f"{evidence.elbo.elbo.estimate[0]:.4f}"
             shown.update(i + 1, {"ELBO": mean} if mean else {})
     return Page(
