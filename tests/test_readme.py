@@ -54,6 +54,7 @@ SMALL = {
     "svhn_vae": "--dataset digits --channels 4 8 --hidden 8 --num-epochs 1 --num-train 200 "
     "--num-test 20 --num-samples 5 --no-progress",
     "compare": "",
+    "diagnose": "--num-data 5 --num-simulations 50 --num-samples 30 --num-steps 10 --no-progress",
     "runs": "",
     "train": "--num-epochs 1 --num-samples 5 --no-progress",
     "linear_gaussian": "--dataset digits --num-train 200 --num-latents 3 --num-steps 20 "
