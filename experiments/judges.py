@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from experiments.known import PROBLEMS, PROGRAMS, Trial
 from inference import (
     ElboTerms,
+    bracket,
     decode,
     elbo_terms,
     encode,
@@ -25,6 +26,7 @@ from inference import (
     sample_posterior,
     sample_posterior_predictive,
     sample_prior_predictive,
+    sbc,
 )
 
 MOST_ERRORS = 4  # standard errors that a number may be away from its formula
@@ -32,6 +34,9 @@ MOST_NOISE = 0.1  # A row with a greater standard error proves nothing. It fails
 ROUNDING = 32 * float(np.finfo(np.float32).eps)  # of a number without noise, relative
 NUM_SAMPLES = 20  # draws of each datum for one number
 BATCH = 500  # data at a time
+WALK: dict[str, Any] = {"num_steps": 40, "num_chains": 4, "num_leaps": 5}  # of a bracket
+NUM_RANKED = 19  # draws of sbc: the central 90 % are the ranks 1 to 18
+NUM_NODES = 80  # of a quadrature over one Normal
 
 
 class Sizes(NamedTuple):
@@ -308,6 +313,86 @@ def decode_row(trial: Trial, sizes: Sizes) -> Compared:
     return compared(found, trial.mean_given(u)[0])
 
 
+def below_row(trial: Trial, sizes: Sizes, start: str) -> Compared:
+    """The bracket's bound from below, on the trial's data."""
+
+    def judge(key: Array) -> Any:
+        found = bracket(
+            trial.fit, trial.data, **WALK, start=start, num_samples=0, key=key, batch_size=BATCH
+        )
+        return found.lower.pointwise[0]
+
+    return densities(trial, sizes, judge)
+
+
+def above_row(trial: Trial, sizes: Sizes, start: str) -> Compared:
+    """The bracket's bound from above, on data that the judge simulates."""
+    found = bracket(
+        trial.fit,
+        num_simulations=trial.num_data,
+        **WALK,
+        start=start,
+        num_samples=0,
+        key=trial.key,
+        batch_size=BATCH,
+        **trial.conditions,
+    )
+    assert found.upper is not None
+    assert found.simulated is not None
+    log_p = trial.given(**found.simulated[0]).log_p()
+    return compared(np.exp(log_p - found.upper.pointwise[0]), 1.0)
+
+
+def calibration(trial: Trial, sizes: Sizes) -> Any:
+    """What ``sbc`` returns."""
+    return sbc(
+        trial.fit,
+        sizes.many,
+        num_samples=NUM_RANKED,
+        key=trial.key,
+        batch_size=BATCH,
+        **trial.conditions,
+    )
+
+
+def places(tree: Any, name: str) -> np.ndarray:
+    """The places on [0, 1] of a quantity, (simulation, K)."""
+    place = tree["prior_sbc"][name].values[0]
+    return place.reshape(len(place), -1)
+
+
+def place_row(trial: Trial, sizes: Sizes, moment: int) -> Compared:
+    """A moment about 1/2 of the places of a random dimension of the local site.
+
+    The place is u = (rank + U) / (L + 1). Given p, the probability that a draw lies below z, the
+    rank is Binomial(L, p).
+    """
+    dim, L = int(trial.rng.integers(trial.prior[0].shape[1])), NUM_RANKED
+    u = places(calibration(trial, sizes), "z")[:, dim]
+    p, weights = trial.below(dim, NUM_NODES)
+    mean = (L * p + 0.5) / (L + 1)
+    if moment == 1:
+        return compared(u, weights @ mean)
+    variance = (L * p * (1 - p) + 1 / 12) / (L + 1) ** 2
+    return compared((u - 0.5) ** 2, weights @ (variance + (mean - 0.5) ** 2))
+
+
+def coverage_row(trial: Trial, sizes: Sizes) -> Compared:
+    """The coverage of the central 90 % of a random dimension: no rank of 0 or L."""
+    dim = int(trial.rng.integers(trial.prior[0].shape[1]))
+    found = calibration(trial, sizes)["coverage"]["z"].sel(prob=0.9).values[0]
+    p, weights = trial.below(dim, NUM_NODES)
+    number = float(np.ravel(found)[dim])
+    formula = float(weights @ (1 - p**NUM_RANKED - (1 - p) ** NUM_RANKED))
+    error = math.sqrt(formula * (1 - formula) / sizes.many)
+    return Compared(number, formula, number - formula, error)
+
+
+def density_place_row(trial: Trial, sizes: Sizes) -> Compared:
+    """The places of log p(x | z, c). Under the posterior they are uniform."""
+    return compared(places(calibration(trial, sizes), "log_likelihood"), 0.5)
+
+
 class Judge(NamedTuple):
     """A judge and its exact answers.
 
@@ -328,6 +413,16 @@ class Judge(NamedTuple):
 def without_globals(problem: str, guide: str) -> bool:
     """Whether all latents are local."""
     return not PROBLEMS[problem].num_shared
+
+
+def exact_without_globals(problem: str, guide: str) -> bool:
+    """Whether the guide is the posterior of local latents."""
+    return guide == "exact" and without_globals(problem, guide)
+
+
+def wide_without_globals(problem: str, guide: str) -> bool:
+    """Whether the guide of local latents is not the posterior. A walk from it has noise."""
+    return guide == "wide" and without_globals(problem, guide)
 
 
 def with_globals(problem: str, guide: str) -> bool:
@@ -416,4 +511,44 @@ JUDGES: dict[str, Judge] = {
     ),
     "encode": Judge("it is the mean of q, for each site that follows no other", encode_row, "few"),
     "decode": Judge("it is the mean of p(x | z, c)", decode_row, "few"),
+    "bracket: below, from the prior": Judge(
+        "exp of the bound from below is unbiased for p(x | c)",
+        partial(below_row, start="prior"),
+        is_defined=without_globals,
+    ),
+    "bracket: below, from the guide": Judge(
+        "likewise", partial(below_row, start="guide"), is_defined=wide_without_globals
+    ),
+    "bracket: above, from the prior": Judge(
+        "exp of minus the bound from above is unbiased for 1 / p(x | c), on its simulated data",
+        partial(above_row, start="prior"),
+        is_defined=without_globals,
+    ),
+    "bracket: above, from the guide": Judge(
+        "likewise", partial(above_row, start="guide"), is_defined=wide_without_globals
+    ),
+    "sbc: mean": Judge(
+        "the place of z among draws of the guide has its mean (one dimension at random)",
+        partial(place_row, moment=1),
+        "few",
+        without_globals,
+    ),
+    "sbc: variance": Judge(
+        "it has its second moment about 1/2",
+        partial(place_row, moment=2),
+        "few",
+        without_globals,
+    ),
+    "sbc: coverage": Judge(
+        "the guide's central 90 % hold z as often as they must",
+        coverage_row,
+        "few",
+        without_globals,
+    ),
+    "sbc: log_likelihood": Judge(
+        "under the posterior, the place of log p(x | z, c) has the mean 1/2",
+        density_place_row,
+        "few",
+        exact_without_globals,
+    ),
 }

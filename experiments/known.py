@@ -33,6 +33,7 @@ import numpyro.distributions as dist
 from jax import random
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
+from scipy.special import ndtr
 
 from experiments.exact import divergence
 from inference import Fit
@@ -352,10 +353,10 @@ class Trial:
         """Random keys."""
         return random.split(self.key, num_keys)
 
-    def given(self, **conditions: Any) -> "Trial":
-        """The same trial with other conditions. Its data are then no draws from the model."""
+    def given(self, **data: Any) -> "Trial":
+        """The same trial with some other data, as many. The guide's numbers stay."""
         other = copy.copy(self)
-        other.data = self.data | conditions
+        other.data = self.data | data
         return other
 
     @property
@@ -490,6 +491,21 @@ class Trial:
     def elbo(self) -> np.ndarray:
         """The ELBO of each datum without the divergence of the globals, (N,)."""
         return self.reconstruction() - self.kl()
+
+    def below(self, dim: int, num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+        """The probability that a draw of q lies below z in one dimension, for data of the model.
+
+        Without global sites. Both Normals have the same difference for all data. So the
+        probability is a function of one noise e ~ Normal(0, 1), for which this is a quadrature.
+
+        Returns:
+            The probability at each node of e, and the nodes' weights.
+        """
+        mean, covariance = self.problem.posterior(self.data)
+        away, scale = (self.q[0] - mean)[:, dim].mean(), np.sqrt(self.q[1][dim, dim])
+        e, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
+        below = ndtr((np.sqrt(covariance[dim, dim]) * e - away) / scale)
+        return below, weights / weights.sum()
 
     def activity(self) -> np.ndarray:
         """The variance over all possible data of the mean of q, given the globals, (K,)."""

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import certify, judges
+from experiments import certify, exact, judges
 from experiments.known import PROBLEMS, PROGRAMS, Trial, log_normal
+from inference import fit, inference_gap
 from models import gaussian_mean, hierarchical_gaussian, linear_gaussian, regression
 
 CONFIG = certify.Config(quick=True, progress=False)
@@ -78,6 +79,19 @@ def labels(known):
     return replace(known, log_likelihood=np.roll(known.log_likelihood, 1, axis=2))
 
 
+def bounds(known):
+    """Bounds that are both 0.3 nats too great."""
+    wrong = {n: getattr(known, n) for n in ("lower", "upper") if getattr(known, n) is not None}
+    return replace(known, **{n: replace(e, pointwise=e.pointwise + 0.3) for n, e in wrong.items()})
+
+
+def places(tree):
+    """Draws of the guide that lie too often above z."""
+    tree["prior_sbc"] = tree["prior_sbc"].to_dataset() ** 2
+    tree["coverage"] = tree["coverage"].to_dataset() * 0.9
+    return tree
+
+
 BROKEN = {
     "pointwise_elbo": estimate,
     "elbo_terms": terms,
@@ -90,6 +104,8 @@ BROKEN = {
     "sample_prior_predictive": by_site,
     "encode": by_site,
     "decode": by_site,
+    "bracket": bounds,
+    "sbc": places,
 }
 
 
@@ -125,6 +141,29 @@ def test_the_script_ends_with_status_1_where_a_judge_is_broken(change, monkeypat
         certify.script()
     assert ended.value.code == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+SHORT = 300  # steps of a fit whose gap is not the least
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_gap_are_right_and_fail_where_the_judge_is_broken(monkeypatch):
+    """Of a mean field after a few steps."""
+    settings = exact.Config(num_steps=SHORT, progress=False)
+    name, data = certify.TRAINED[0], exact.diabetes(settings)
+    rung, own = exact.rung_of(settings, data.record, name), exact.arrays(data, name)
+    guide = exact.programs(settings, data.record, name, {})[1]
+    training = exact.training(settings, data, name, {})
+    fitted = fit(rung.program, guide, own, progress=False, **training)
+    right = inference_gap(fitted, own, num_steps=1_000)
+    for wrong in (0.0, -1.0, 1.0):
+        best = replace(right.best_elbo, pointwise=right.best_elbo.pointwise + wrong)
+        lost = replace(right.amortisation, pointwise=right.amortisation.pointwise + wrong)
+        found = replace(right, best_elbo=best, amortisation=lost)
+        monkeypatch.setattr(certify, "inference_gap", lambda *_, found=found, **__: found)
+        parts = certify.parts_of_gap(name, rung, fitted, own)
+        assert [known["what"] for known in parts] == ["approximation", "amortisation"]
+        assert {known["passed"] for known in parts} == {not wrong}
 
 
 # --- verdicts -------------------------------------------------------------------------------------
