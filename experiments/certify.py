@@ -55,7 +55,7 @@ TRAINED = (
 )
 TOY_ROOM = 0.01  # of each parameter of the trained toy, for the optimiser's noise
 GAP_ROOM = 0.03  # nats per datum
-# Quick: each judge on the first where it is defined, so often.
+# Quick: each quick judge on the first where it is defined, so often.
 QUICK = (("hierarchical", "wide"), ("linear-gaussian, labels", "wide"))
 QUICK, REPEATS = (*QUICK, ("linear-gaussian, labels", "exact")), 2
 SPOILT = 1.2  # times the encoder's numbers
@@ -90,6 +90,8 @@ class Config:
         """Of every row the judge, the problem, the guide, and which one of the judge's it is."""
         found = []
         for judge, known in JUDGES.items():
+            if self.quick and not known.is_quick:
+                continue
             programs = QUICK if self.quick else PROGRAMS
             defined = [program for program in programs if known.is_defined(*program)]
             chosen = defined[:1] * REPEATS if self.quick else defined

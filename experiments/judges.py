@@ -402,12 +402,14 @@ class Judge(NamedTuple):
         data: how many. "few" for a row of draws, "many" for a row over the population. "each" is
             many unless data share draws.
         is_defined: whether it has an answer for a problem and a guide.
+        is_quick: whether the quick certificate has rows of it. Others take long to compile.
     """
 
     claim: str
     measure: Callable[[Trial, Sizes], Compared]
     data: Literal["each", "many", "few"] = "each"
     is_defined: Callable[[str, str], bool] = lambda problem, guide: True
+    is_quick: bool = True
 
 
 def without_globals(problem: str, guide: str) -> bool:
@@ -515,6 +517,7 @@ JUDGES: dict[str, Judge] = {
         "exp of the bound from below is unbiased for p(x | c)",
         partial(below_row, start="prior"),
         is_defined=without_globals,
+        is_quick=False,
     ),
     "bracket: below, from the guide": Judge(
         "likewise", partial(below_row, start="guide"), is_defined=wide_without_globals
@@ -523,6 +526,7 @@ JUDGES: dict[str, Judge] = {
         "exp of minus the bound from above is unbiased for 1 / p(x | c), on its simulated data",
         partial(above_row, start="prior"),
         is_defined=without_globals,
+        is_quick=False,
     ),
     "bracket: above, from the guide": Judge(
         "likewise", partial(above_row, start="guide"), is_defined=wide_without_globals
