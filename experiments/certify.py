@@ -15,9 +15,12 @@ must be at least the family's least gap and at most a stated bound above it. Sam
 lie within four standard errors. ``inference_gap`` must find the two parts of the gap. The toy's
 parameters must maximise the likelihood.
 
+**Claims.** What the README says of calibration, brackets and findings, as numbers.
+
 The script ends with status 1 if anything fails.
 """
 
+import shlex
 import sys
 import time
 import tomllib
@@ -40,7 +43,7 @@ from experiments.judges import JUDGES, MOST_ERRORS, Sizes
 from experiments.known import PROBLEMS, PROGRAMS, Trial
 from experiments.precision import full_precision
 from experiments.settings import check_least, command_line
-from inference import Fit, fit, inference_gap
+from inference import Fit, bracket, diagnose, fit, inference_gap, sbc_power
 from inference._describe import describe_arrays, describe_device, versions
 from inference._progress import progress
 from models import gaussian_mean
@@ -56,8 +59,12 @@ TRAINED = (
 TOY_ROOM = 0.01  # of each parameter of the trained toy, for the optimiser's noise
 GAP_ROOM = 0.03  # nats per datum
 # Quick: each quick judge on the first where it is defined, so often.
-QUICK = (("hierarchical", "wide"), ("linear-gaussian, labels", "wide"))
-QUICK, REPEATS = (*QUICK, ("linear-gaussian, labels", "exact")), 2
+QUICK = (
+    ("hierarchical", "wide"),
+    ("linear-gaussian, labels", "wide"),
+    ("linear-gaussian, labels", "exact"),
+)
+REPEATS = 2
 SPOILT = 1.2  # times the encoder's numbers
 
 
@@ -67,18 +74,23 @@ class Config:
 
     Attributes:
         quick: Whether to judge fewer problems with fewer draws.
+        judges: Judges by name, as JUDGES has them. Default: all.
         seed: Random seed.
         out: Markdown file to write. Default: none, the certificate is printed only.
         progress: Whether to show a progress bar.
     """
 
     quick: bool = False
+    judges: tuple[str, ...] | None = None
     seed: int = 0
     out: Path | None = None
     progress: bool = True
 
     def __post_init__(self):
         check_least(0, self, "seed")
+        for name in self.judges or ():
+            if name not in JUDGES:
+                raise ValueError(f"judges: expected some of {', '.join(JUDGES)}, got {name!r}")
 
     @property
     def sizes(self) -> Sizes:
@@ -90,7 +102,7 @@ class Config:
         """Of every row the judge, the problem, the guide, and which one of the judge's it is."""
         found = []
         for judge, known in JUDGES.items():
-            if self.quick and not known.is_quick:
+            if judge not in (self.judges or JUDGES) or (self.quick and not known.is_quick):
                 continue
             programs = QUICK if self.quick else PROGRAMS
             defined = [program for program in programs if known.is_defined(*program)]
@@ -267,6 +279,33 @@ def parts_of_gap(
     ]
 
 
+# --- what the pages say ---------------------------------------------------------------------------
+
+
+def claims(config: Config) -> list[dict[str, Any]]:
+    """What the README says of calibration, brackets and findings, as numbers."""
+    right, wide = (
+        Trial("linear-gaussian", guide, 300, [config.seed, i])
+        for i, guide in enumerate(("exact", "wide"))
+    )
+    widths = [
+        bracket(wide.fit, num_simulations=200, num_steps=num_steps, num_samples=0).gap
+        for num_steps in (10, 100)
+    ]
+    coarse, fine = (float(width.estimate[0]) for width in widths if width is not None)
+    pages = [diagnose(trial.fit, trial.data, progress=False) for trial in (right, wide)]
+    none, some = (len(page.findings) for page in pages)
+    return [
+        between("sbc", "power, 1,000 simulations, 10 % too narrow", sbc_power(1000), 0.9, 1),
+        between("sbc", "power, 1,000 simulations, 10 % too wide", sbc_power(1000, 1.1), 0.75, 1),
+        between("sbc", "power, 2,000, 51 quantities", sbc_power(2000, 0.9, 51), 0.9, 1),
+        between("bracket", "width, 10 temperatures", coarse, 0, np.inf),
+        between("bracket", "width, 100 temperatures", fine, -coarse / 4, coarse / 4),
+        between("diagnose", "findings of the posterior", none, 0, 0),
+        between("diagnose", "findings of a wide guide", some, 1, np.inf),
+    ]
+
+
 # --- the certificate ------------------------------------------------------------------------------
 
 
@@ -329,6 +368,7 @@ def trained_table(found: list[dict[str, Any]], style: str) -> str:
 def command(config: Config) -> str:
     """The command that makes the same certificate."""
     words = ["python experiments/certify.py", "--quick" * config.quick]
+    words += [f"--judges {' '.join(map(shlex.quote, config.judges))}"] if config.judges else []
     words += [f"--seed {config.seed}"] if config.seed else []
     words += [f"--out {config.out}"] if config.out else []
     return " ".join(word for word in words if word)
@@ -375,12 +415,13 @@ random keys. The noisy differences, in standard errors, must look like draws of 
 
 {claims}
 
-## Trained fits
+## Trained fits and claims
 
 A gap is log p - ELBO in nats per datum. It is a formula of the fitted parameters. It must be at
 least the least of the family and at most a stated bound above it. `inference_gap` splits it into
 approximation and amortisation: the best guide of the family may lose {GAP_ROOM:g} beyond the least
 gap. A spoilt fit has {SPOILT:g} times the encoder's numbers, so that amortisation loses something.
+The last lines are what the README says of calibration, brackets and findings.
 
 {trained_table(result["trained"], style)}
 
@@ -406,7 +447,7 @@ def main(config: Config) -> dict[str, Any]:
     keep_compiled()
     full_precision()
     found = list(rows(config))
-    trained = toy(config) + ([] if config.quick else held(config))
+    trained = toy(config) + ([] if config.quick else [*held(config), *claims(config)])
     p_value = normality(found)
     result = {
         "passed": p_value >= LEVEL and all(known["passed"] for known in [*found, *trained]),

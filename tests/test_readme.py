@@ -60,7 +60,7 @@ SMALL = {
     "linear_gaussian": "--dataset digits --num-train 200 --num-latents 3 --num-steps 20 "
     "--no-progress",
     "exact": "--quick --num-steps 20 --no-progress",
-    "certify": "--quick --no-progress",
+    "certify": "--quick --judges log_likelihood --no-progress",
     "gaussian_mean": "--num-data 2000 --num-steps 100 --batch-size 100 --num-seeds 2 --no-progress",
 }
 

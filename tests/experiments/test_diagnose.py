@@ -71,8 +71,8 @@ def test_a_run_of_ones_own_program_needs_its_file(tmp_path):
     (tmp_path / "own.py").write_text(PROGRAM)
     np.savez(tmp_path / "own.npz", x=np.random.default_rng(0).normal(size=200).astype(np.float32))
     program = f"{tmp_path / 'own.py'}:model"
-    settings = {"dataset": str(tmp_path / "own.npz"), "num_steps": 20, "num_samples": 5}
-    train.main(train.Config(program, out=tmp_path / "own", progress=False, **settings))
+    settings = {"num_steps": 20, "num_samples": 5, "progress": False}
+    train.main(train.Config(program, tmp_path / "own.npz", out=tmp_path / "own", **settings))
     with pytest.raises(ValueError, match="expected the model"):
         main(Config(tmp_path / "own", **SMALL))
     page = main(Config(tmp_path / "own", program=program, **SMALL))

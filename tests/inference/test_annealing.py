@@ -64,6 +64,7 @@ def test_a_broken_guide_does_not_spoil_the_bound_from_the_prior(rung):
     )
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_repetitions(rung):
     data, result = rung.data(40, seed=5), rung.fit(factorises=True)
     found = [
@@ -145,6 +146,7 @@ def test_a_model_that_computes_its_observations_has_a_bound_from_below():
         bracket(result, num_simulations=5)
 
 
+@pytest.mark.slow
 def test_every_seed_gets_its_own_bracket():
     data = gaussian_mean.Truth().simulate(60, seed=0)
     programs = gaussian_mean.Model(), gaussian_mean.Guide()

@@ -25,6 +25,7 @@ def names(page):
 # --- guides of known quality ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_guide_of_half_the_scale_is_too_narrow(rung, tmp_path):
     page = diagnose(rung.fit(scale=0.5), rung.data(100, seed=7), **SMALL)
     assert names(page)[0] == "narrow-guide"
