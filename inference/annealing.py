@@ -5,7 +5,7 @@ p(x, z | c) over the temperatures 0 = t_0 < ... < t_T = 1 of the path
 
     log f_t(z)  =  (1 - t) log f_0(z) + t log p(x, z | c).
 
-Each move is one step of Hamiltonian Monte Carlo that leaves f_t as it is. The weight of the walk,
+Each move is one step of Hamiltonian Monte Carlo. It leaves f_t as it is. The weight of the walk,
 
     log w  =  sum_i (t_i - t_{i-1}) (log p(x, z_{i-1} | c) - log f_0(z_{i-1})),
 
@@ -68,7 +68,7 @@ class Bracket:
 
     Attributes:
         lower: the log of the mean weight of the chains. Its expectation is below log p(x | c).
-        upper: likewise from above. None on real data, whose latents nobody knows.
+        upper: likewise from above. None on real data: nobody knows their latents.
         importance: ``log_likelihood`` on the same data, another bound from below, or None.
         acceptance: (seed, N), the mean share of accepted moves. Where it is far below 0.65 the
             bound is loose.
@@ -137,9 +137,8 @@ def bracket(
     bounds hold in expectation, and close in as ``num_steps`` grows.
 
     The moves are BlackJAX's Hamiltonian Monte Carlo on the unconstrained latents. Their step
-    sizes, one a temperature, are adapted beforehand on other data: those that the fitted model
-    simulates. A model whose data cannot be simulated is adapted on some of the data, with other
-    random numbers.
+    sizes, one a temperature, are adapted beforehand on other data: the fitted model simulates
+    them. Where it cannot, they are adapted on some of the data, with other random numbers.
 
     Args:
         result: what ``fit`` returned.
@@ -346,7 +345,7 @@ class Target:
 
 
 class Unconstrained(Messenger):
-    """A program whose latent sites get the values that belong to unconstrained ones.
+    """A program with its latent sites given by unconstrained values.
 
     Attributes:
         values: unconstrained, by site.

@@ -4,8 +4,8 @@ Talts et al. 2018: draw z ~ p(z | c) and x ~ p(x | z, c) from the fitted model. 
 posterior, z is one more draw from it. So the rank of z among L draws of q(z | x, c) is uniform on
 0 .. L. The guide of an amortised model needs no new fit for each simulation.
 
-What the ranks look like tells what is wrong with the guide (Talts et al. 2018, section 4.2). Many
-at both ends: it is too narrow. Few at both ends: too wide. More at one end: its mean is off.
+The ranks tell what is wrong with the guide (Talts et al. 2018, section 4.2). Many at both ends: it
+is too narrow. Few at both ends: too wide. More at one end: its mean is off.
 """
 
 from collections.abc import Mapping
@@ -54,8 +54,8 @@ def sbc(
 ) -> DataTree:
     """Simulation-based calibration of a fit's guide, for the fit's own model.
 
-    Quantities are every dimension of every latent site, and log p(x | z, c), which sees faults that
-    no single dimension shows (Modrak et al. 2023). Each is ranked among ``num_samples`` draws of
+    The quantities are every dimension of every latent site, and log p(x | z, c). The last one sees
+    faults that no single dimension shows (Modrak et al. 2023). Each is ranked among ``num_samples`` draws of
     q(z | x, c). Ties are broken at random.
 
     ==============  ============================================================================
@@ -89,7 +89,7 @@ def sbc(
 
     Raises:
         ValueError: a model that needs conditions and gets none; global sites, whose calibration
-            needs a new fit for every simulation; sites that the objective sums over; observed sites
+            needs a new fit for each simulation; sites that the objective sums over; observed sites
             that the model computes from its arrays; a guide with numbers for each datum.
     """
     check_local("sbc", result, REMEDY)

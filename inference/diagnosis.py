@@ -9,12 +9,14 @@ import html
 import io
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jax import random
 from jaxtyping import Array
 from tabulate import tabulate
 
@@ -162,8 +164,8 @@ def diagnose(
 ) -> Page:
     """One page of numbers, figures and findings about a fit, for any program.
 
-    Of several seeds the best one is looked at: by its held-out ELBO, and else the first. What a
-    judge cannot compute is said, with its reason.
+    Of several seeds the best one is looked at, by its held-out ELBO. Without one it is the first.
+    The page says what a judge cannot compute, and why.
 
     =====================  ======================================================================
     finding                a fit gets it if
@@ -208,11 +210,15 @@ def diagnose(
     sample = Prepared(some) if judged.programs.takes_batches else data
     key = default_key(key, "diagnose")
     asked = _Asked(one, data, train, sample, num_data, num_simulations, num_samples, num_steps, key)
-    evidence, missing = Evidence(one), {}
+    evidence, missing, said = Evidence(one), {}, []
     with progress_bar(len(JUDGES), "judge", show=progress) as shown:
         for i, (name, judge) in enumerate(JUDGES.items()):
             try:
-                evidence = replace(evidence, **judge(asked, evidence))
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always", RuntimeWarning)
+                    own = replace(asked, key=random.fold_in(key, i))
+                    evidence = replace(evidence, **judge(own, evidence))
+                said += [str(warning.message) for warning in caught]
             except REFUSALS as error:
                 missing[name] = str(error).splitlines()[0].removeprefix(f"{name}: ")
             mean = evidence.elbo and f"{evidence.elbo.elbo.estimate[0]:.4f}"
@@ -221,7 +227,7 @@ def diagnose(
         title=f"{_short(one.config['model'])}, guide {_short(one.config['guide'])}",
         findings=findings_of(evidence),
         numbers=_numbers(evidence),
-        notes=_notes(evidence, result),
+        notes=(*_notes(evidence, result), *said),
         missing=missing,
         figures=_figures(asked, evidence, missing),
     )
@@ -261,13 +267,13 @@ class _Asked:
 
 
 def _elbo(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
-    return {"elbo": elbo_terms(asked.one, asked.data, num_samples=NUM_DRAWS)}
+    return {"elbo": elbo_terms(asked.one, asked.data, num_samples=NUM_DRAWS, key=asked.key)}
 
 
 def _density(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
     programs = programs_of(asked.one, asked.one.batch)
     judge = log_predictive_density if programs.has_globals else log_likelihood
-    density = judge(asked.one, asked.data, num_samples=asked.num_samples)
+    density = judge(asked.one, asked.data, num_samples=asked.num_samples, key=asked.key)
     elbo = evidence.elbo and evidence.elbo.elbo
     return {"density": density, "loss": elbo and _less(density, elbo)}
 
@@ -293,7 +299,7 @@ def _less(a: Estimate, b: Estimate) -> Estimate:
 def _latents(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
     """What exchanging the latents costs, and what of them follows the data."""
     latents = programs_of(asked.one, asked.one.batch).latents
-    draws = sample_posterior(asked.one, asked.sample, NUM_DRAWS)
+    draws = sample_posterior(asked.one, asked.sample, NUM_DRAWS, key=asked.key)
     local = [name for name, site in latents.items() if site.data_axis is not None]
     if not local:
         raise ValueError("expected latent sites of each datum, got none: all are global")
@@ -315,11 +321,12 @@ def _latents(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
 
 def _calibration(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
     conditions = conditions_among(asked.one, judged_data(asked.one, asked.data).arrays)
-    return {"calibration": sbc(asked.one, asked.num_simulations, **conditions)}
+    return {"calibration": sbc(asked.one, asked.num_simulations, key=asked.key, **conditions)}
 
 
 def _bracket(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
-    return {"bracket": bracket(asked.one, asked.sample, num_steps=asked.num_steps)}
+    found = bracket(asked.one, asked.sample, num_steps=asked.num_steps, key=asked.key)
+    return {"bracket": found}
 
 
 def _simulated(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
@@ -329,6 +336,7 @@ def _simulated(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
         num_simulations=max(1, asked.num_data // 2),
         num_steps=asked.num_steps,
         num_samples=0,
+        key=asked.key,
         **conditions,
     )
     return {"simulated": found}
@@ -336,7 +344,7 @@ def _simulated(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
 
 def _gap(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
     below = None if evidence.bracket is None else evidence.bracket.lower
-    return {"gap": inference_gap(asked.one, asked.sample, log_likelihood=below)}
+    return {"gap": inference_gap(asked.one, asked.sample, log_likelihood=below, key=asked.key)}
 
 
 JUDGES: dict[str, Callable[[_Asked, Evidence], dict[str, Any]]] = {
