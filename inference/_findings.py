@@ -317,8 +317,8 @@ def unreliable(evidence: Evidence) -> Finding | None:
 def _unreliable_share(density: Estimate | None) -> float:
     """The share of data with a high k-hat and with weights that differ.
 
-    Both count, because the tail of nearly equal weights may have any shape. The relative variance of
-    the weights is about twice the divergence KL(q || p(z | x)).
+    Both count, because the tail of nearly equal weights may have any shape. The weights' relative
+    variance is about twice the divergence KL(q || p(z | x)).
     """
     high = None if density is None else density.high_pareto_k
     if density is None or high is None or density.monte_carlo_variance is None:

@@ -55,8 +55,8 @@ def sbc(
     """Simulation-based calibration of a fit's guide, for the fit's own model.
 
     The quantities are every dimension of every latent site, and log p(x | z, c). The last one sees
-    faults that no single dimension shows (Modrak et al. 2023). Each is ranked among ``num_samples`` draws of
-    q(z | x, c). Ties are broken at random.
+    faults that no single dimension shows (Modrak et al. 2023). Each is ranked among
+    ``num_samples`` draws of q(z | x, c). Ties are broken at random.
 
     ==============  ============================================================================
     group           variables, by site and with ``log_likelihood``
