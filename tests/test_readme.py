@@ -284,9 +284,9 @@ def test_python(page, tmp_path):
     execute_python(PAGES[page], tmp_path)
 
 
-# Scripts that take long here, and that tests/experiments runs in the quick suite.
+# Scripts that take long here, and that tests/experiments runs too.
 LONG = ("mnist_quadrants.py", "svhn_vae.py", "linear_gaussian.py", "mnist_cvae.py", "compare.py")
-LONG += ("exact.py", "train.py")
+LONG += ("exact.py", "train.py", "diagnose.py")
 
 
 def write_own_files(page, directory):

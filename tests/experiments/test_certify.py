@@ -25,6 +25,7 @@ def quick(tmp_path_factory):
 # --- a run ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_quick_run_passes_and_writes_the_certificate(quick):
     result, written = quick
     assert result["passed"], written
@@ -36,6 +37,7 @@ def test_a_quick_run_passes_and_writes_the_certificate(quick):
         assert words in written
 
 
+@pytest.mark.slow
 def test_every_row_has_data_and_a_key_of_its_own(quick):
     rows = quick[0]["rows"]
     hashes = [known["data"]["x"].split("sha256:")[1] for known in rows]

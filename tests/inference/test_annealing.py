@@ -23,7 +23,8 @@ def error(values):
 # --- the linear-Gaussian rung ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", ["prior", pytest.param("guide", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", STARTS)
 def test_the_bracket_holds_the_exact_value_and_closes_in(rung, start):
     """exp(lower - log p) and exp(log p - upper) have the mean 1: the bounds hold in expectation."""
     widths = []
@@ -77,6 +78,7 @@ def test_errors_are_those_of_repetitions(rung):
     assert low < spread / stated < high
 
 
+@pytest.mark.slow
 def test_step_sizes_follow_the_temperature(rung):
     """A posterior of narrow dimensions needs small steps, and the start does not."""
     result = rung.fit()

@@ -103,6 +103,7 @@ def test_power_grows_with_simulations_and_falls_with_quantities():
 # --- conditions, seeds, trees ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_conditions_are_drawn_with_replacement():
     """With one condition alone, x has the mean and the variance that it gives."""
     result = toy()
@@ -112,6 +113,7 @@ def test_conditions_are_drawn_with_replacement():
     assert few["ranks"].sizes["draw"] == 200
 
 
+@pytest.mark.slow
 def test_seeds_answer_each_for_itself():
     truth = TRUTH.simulate(200, seed=3)
     programs = gaussian_mean.Model(), gaussian_mean.Guide()

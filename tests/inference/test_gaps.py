@@ -113,6 +113,7 @@ def spoilt():
     return result, inference_gap(result, DATA, log_likelihood=exact(result), **QUICK)
 
 
+@pytest.mark.slow
 def test_the_approximation_gap_is_the_familys_least(spoilt):
     _, gap = spoilt
     least = float(linear_gaussian.mean_field_gap(PARAMS))
@@ -122,6 +123,7 @@ def test_the_approximation_gap_is_the_familys_least(spoilt):
     assert (gap.approximation.estimate > least - 4 * error).all()  # no guide loses less
 
 
+@pytest.mark.slow
 def test_the_amortisation_gap_is_what_was_spoilt(spoilt):
     _, gap = spoilt
     by_shift = 0.5 * SHIFT @ LAMBDA @ SHIFT
@@ -130,6 +132,7 @@ def test_the_amortisation_gap_is_what_was_spoilt(spoilt):
     assert_within(gap.amortisation, [0, by_shift, by_half])
 
 
+@pytest.mark.slow
 def test_the_parts_add_up_datum_by_datum(spoilt):
     _, gap = spoilt
     parts = gap.approximation.pointwise + gap.amortisation.pointwise
@@ -141,6 +144,7 @@ def test_the_parts_add_up_datum_by_datum(spoilt):
     np.testing.assert_allclose(gap.total.monte_carlo_variance, variances)
 
 
+@pytest.mark.slow
 def test_equal_draws_take_noise_from_the_difference(spoilt):
     _, gap = spoilt
     variances = [part.monte_carlo_variance[0] for part in (gap.elbo, gap.best_elbo)]
@@ -148,6 +152,7 @@ def test_equal_draws_take_noise_from_the_difference(spoilt):
     assert gap.amortisation.monte_carlo_variance[0].mean() < 0.1 * np.mean(sum(variances))
 
 
+@pytest.mark.slow
 def test_the_elbo_is_that_of_the_judges(spoilt):
     result, gap = spoilt
     terms = elbo_terms(result, DATA, num_samples=400).elbo
@@ -156,6 +161,7 @@ def test_the_elbo_is_that_of_the_judges(spoilt):
     assert (abs(difference.mean(1)) < 4.5 * difference.std(1) / N**0.5).all()
 
 
+@pytest.mark.slow
 def test_it_prints_a_row_for_each_seed(spoilt):
     _, gap = spoilt
     head, *rows, last = str(gap).splitlines()
