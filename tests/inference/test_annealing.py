@@ -133,6 +133,7 @@ def test_positive_latents_and_conditions():
         assert -0.1 < below.mean() <= 4 * error(below)
 
 
+@pytest.mark.slow
 def test_a_model_that_computes_its_observations_has_a_bound_from_below():
     def model(x=None):
         with numpyro.plate("data", 1 if x is None else len(x)):
