@@ -62,9 +62,11 @@ IMPORTANCE_SAMPLES = 5000
 KEY = random.key(0)  # for draws that do not matter
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bracket:
     """log p(x | c) of every datum from below, and on simulated data from above.
+
+    ``print`` shows a table of the means, the importance-sampled one among them.
 
     Attributes:
         lower: the log of the mean weight of the chains. Its expectation is below log p(x | c).
@@ -92,7 +94,7 @@ class Bracket:
         width = self.upper.pointwise.astype(np.float64) - self.lower.pointwise
         return Estimate("bracket", width, self.num_chains, self.lower.data)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """A table with a row for each number and seed."""
         rows = []
         names = {
@@ -109,9 +111,16 @@ class Bracket:
                 rows.append((name, i, f"{mean:.4f}", f"{error:.4f}", f"{draws:.4f}"))
         headers = ("log p(x | c), nats per datum", "seed", "mean", "error of the mean", "of draws")
         table = tabulate(rows, headers, disable_numparse=True, colalign=("left",) + ("right",) * 4)
-        return (
+        words = (
             f"{table}\nError of the mean: over data and draws. Of draws: how much it would move on "
             f"these data. {self.num_steps} temperatures, {self.num_chains} chains."
+        )
+        high = None if self.importance is None else self.importance.high_pareto_k
+        if high is None or not high.pointwise.any():
+            return words
+        return (
+            f"{words}\nk-hat is too high for {high.pointwise.mean():.0%} of the data: there the "
+            f"error of importance sampling is larger than this table says."
         )
 
 

@@ -60,6 +60,7 @@ def test_a_broken_guide_does_not_spoil_the_bound_from_the_prior(rung):
     assert beside.mean() > loss.mean() + 4 * error(beside - loss)
     assert found.upper is None
     assert found.gap is None
+    assert "k-hat is too high for" in repr(found)
     np.testing.assert_array_equal(
         found.importance.pointwise, log_likelihood(broken, data, num_samples=100).pointwise
     )
