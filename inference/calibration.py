@@ -130,13 +130,14 @@ def sbc_power(
 def rank_scale(pit: Any) -> Float[np.ndarray, "..."]:
     """The guide's deviation over the posterior's, as far as ranks tell, along the last axis.
 
-    With u = Phi(e) and e ~ Normal(0, 1 / scale^2), where the guide has the right mean. The median
-    of |u - 1/2| gives the scale. 1 is right, below 1 is too narrow.
+    With u = Phi(e) and e ~ Normal(bias, 1 / scale^2), the median of |e - median of e| gives the
+    scale. 1 is right, below 1 is too narrow.
     """
     from scipy.special import ndtri
 
-    median = np.median(np.abs(np.asarray(pit, np.float64) - 0.5), axis=-1)
-    return ndtri(0.75) / ndtri(0.5 + np.minimum(median, 0.5 - 1e-6))
+    e = ndtri(np.clip(np.asarray(pit, np.float64), 1e-6, 1 - 1e-6))
+    away = np.median(np.abs(e - np.median(e, axis=-1, keepdims=True)), axis=-1)
+    return ndtri(0.75) / np.maximum(away, 1e-6)
 
 
 def plot_calibration(tree: DataTree, *, seed: int | None = None) -> Figure:
