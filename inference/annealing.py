@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +58,6 @@ PILOT_DATA, PILOT_CHAINS = 20, 2  # simulated, that the step sizes are adapted o
 GAIN = 0.3  # of the adaptation
 WARM_UP = 50  # moves at the start, to find its step size
 IMPORTANCE_SAMPLES = 5000
-KEY = random.key(0)  # for draws that do not matter
 
 
 @dataclass(frozen=True, repr=False)
@@ -309,7 +307,9 @@ class Target:
     def __init__(self, model: Program, guide: Program, start: str, params: Any, batch: Any):
         self.model, self.guide, self.start, self.params = model, guide, start, params
         row = {name: array[0] for name, array in batch.items()}
-        latents = jax.eval_shape(lambda row: self._unconstrained(*self._drawn(KEY, row)), row)
+        latents = jax.eval_shape(
+            lambda row: self._unconstrained(*self._drawn(_any_key(), row)), row
+        )
         self.unravel = ravel_pytree(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), latents))[1]
 
     def draw(self, key: Array, row: Mapping[str, Array]) -> Float[Array, " size"]:
@@ -325,20 +325,22 @@ class Target:
             latents: by site, in the shape of one datum.
             row: the datum.
         """
-        sites = trace_of(self.model, KEY, self.params, **alone(row))
+        sites = trace_of(self.model, _any_key(), self.params, **alone(row))
         values = {n: jnp.reshape(v, jnp.shape(sites[n]["value"])) for n, v in latents.items()}
         return ravel_pytree(self._unconstrained(values, row))[0]
 
     def densities(self, u: Array, row: Mapping[str, Array]) -> tuple[Array, Array]:
         """log f_0 and log p(x, z | c), as densities of the unconstrained latents."""
-        known = Unconstrained(substitute(seed(self.model, KEY), data=self.params), self.unravel(u))
+        known = Unconstrained(
+            substitute(seed(self.model, _any_key()), data=self.params), self.unravel(u)
+        )
         log_p, sites = compute_log_probs(known, (), alone(row), {}, sum_log_prob=True)
         joint = known.log_det + total(log_p)
         if self.start == "prior":
             prior = {name: log_p[name] for name in log_p if is_latent(sites[name])}
             return known.log_det + total(prior), joint
         latents = {name: sites[name]["value"] for name in known.values}
-        guide = substitute(seed(self.guide, KEY), data=self.params | latents)
+        guide = substitute(seed(self.guide, _any_key()), data=self.params | latents)
         log_q, _ = compute_log_probs(guide, (), alone(row), {}, sum_log_prob=True)
         return known.log_det + total(log_q), joint
 
@@ -349,7 +351,7 @@ class Target:
         return drawn, row
 
     def _unconstrained(self, latents: Mapping[str, Array], row: Any) -> dict[str, Array]:
-        sites = trace_of(self.model, KEY, self.params | dict(latents), **alone(row))
+        sites = trace_of(self.model, _any_key(), self.params | dict(latents), **alone(row))
         return {n: biject_to(sites[n]["fn"].support).inv(v) for n, v in latents.items()}
 
 
@@ -371,6 +373,11 @@ class Unconstrained(Messenger):
             u, transform = self.values[msg["name"]], biject_to(msg["fn"].support)
             msg["value"] = transform(u)
             self.log_det += jnp.sum(transform.log_abs_det_jacobian(u, msg["value"]))
+
+
+def _any_key() -> Array:
+    """A key for draws that do not matter. At import no key may be made: it would start JAX."""
+    return random.key(0)
 
 
 def alone(row: Mapping[str, Array]) -> dict[str, Array]:
@@ -406,7 +413,9 @@ def moves(
     Returns:
         The log weights, the mean acceptance of the moves, and the log step sizes.
     """
-    kernel = blackjax.hmc.build_kernel()
+    from blackjax.mcmc import hmc  # its import starts JAX, before processes can find each other
+
+    kernel = hmc.build_kernel()
 
     def move_one(key: Array, u: Array, row: Any, t: Array, step: Array) -> tuple[Array, ...]:
         def log_f(u: Array) -> tuple[Array, Array]:
@@ -415,7 +424,7 @@ def moves(
             return start + jnp.where(t > 0, t * difference, 0.0), difference
 
         (value, difference), gradient = jax.value_and_grad(log_f, has_aux=True)(u)
-        state = blackjax.mcmc.hmc.HMCState(u, value, gradient)
+        state = hmc.HMCState(u, value, gradient)
         mass = jnp.ones_like(u)
         state, info = kernel(key, state, lambda u: log_f(u)[0], step, mass, num_leaps)
         return state.position, difference, info.acceptance_rate
