@@ -121,7 +121,7 @@ def test_every_judge_is_broken_below():
     assert {function_of(judge) for judge in QUICK} == set(BROKEN)
 
 
-@pytest.mark.parametrize("judge", QUICK)
+@pytest.mark.parametrize("judge", {function_of(judge): judge for judge in QUICK}.values())
 def test_the_rows_of_a_broken_judge_fail(judge, monkeypatch):
     function = function_of(judge)
     right, breaks = getattr(judges, function), BROKEN[function]
@@ -244,7 +244,7 @@ def test_the_joint_density_is_prior_times_likelihood(problem):
 
 @pytest.mark.slow
 def test_trained_fits_are_in_their_bounds(monkeypatch):
-    monkeypatch.setattr(certify, "TRAINED", certify.TRAINED[2:4])
+    monkeypatch.setattr(certify, "TRAINED", certify.TRAINED[2:3])
     found = certify.held(CONFIG)
-    assert len(found) == 4
+    assert len(found) == 2
     assert [known for known in found if not known["passed"]] == []

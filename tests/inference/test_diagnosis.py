@@ -66,7 +66,7 @@ def check_page(page, path):
 
 @pytest.mark.slow
 def test_the_bracket_says_by_how_much_importance_sampling_is_too_low(rung):
-    page = diagnose(rung.fit(scale=0.4), rung.data(300, seed=7), **SMALL | {"num_data": 300})
+    page = diagnose(rung.fit(scale=0.4), rung.data(300, seed=7), **SMALL | {"num_data": 150})
     [finding] = [f for f in page.findings if f.name == "importance-sampling"]
     assert "the bracket says by" in finding.text
     assert f"{finding.number:.0%}" in finding.text
@@ -107,7 +107,6 @@ def test_trained_fits_get_their_findings(rung):
     full = guides.full_covariance(rung.model)
     good = trained(rung, full, train, batch_size=200)
     assert names(diagnose(good, test, train=train, **SMALL)) == []
-    assert names(diagnose(good, test, **SMALL)) == []
 
     factorised = trained(rung, guides.mean_field(rung.model), train, batch_size=200)
     found = names(diagnose(factorised, test, **SMALL))
