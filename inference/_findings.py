@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 from inference.annealing import Bracket
 from inference.calibration import TEST, rank_scale
-from inference.evaluation import ElboTerms, Estimate
+from inference.evaluation import ElboTerms, Estimate, difference
 from inference.fit import Fit
 from inference.gaps import InferenceGap
 
@@ -331,8 +331,7 @@ def _above_importance(bracket: Bracket | None) -> Estimate | None:
     """The bound of annealing less that of importance sampling, on the same data."""
     if bracket is None or bracket.importance is None:
         return None
-    difference = bracket.lower.pointwise.astype(np.float64) - bracket.importance.pointwise
-    return Estimate("above_importance", difference, bracket.num_chains, bracket.lower.data)
+    return difference("above_importance", bracket.lower, bracket.importance)
 
 
 def poor_family(evidence: Evidence) -> Finding | None:

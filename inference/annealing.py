@@ -16,8 +16,8 @@ decoders Wu et al. 2017). The two close in on log p(x | c) as T grows.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -35,10 +35,11 @@ from tabulate import tabulate
 
 from inference._data import Prepared
 from inference._judges import Judged, compiled, default_key, judged_data, over_data, values_of
+from inference._scaling import sum_by_name
 from inference._settings import require_whole
 from inference._simulate import NotSimulated, check_local, conditions_among, simulate
 from inference._streams import rows
-from inference.evaluation import Estimate, log_likelihood
+from inference.evaluation import Estimate, difference, joined, log_likelihood
 from inference.fit import Fit, programs_of
 from inference.sites import (
     Program,
@@ -89,8 +90,7 @@ class Bracket:
         """upper - lower of every datum: at most so far is either from log p(x | c), on average."""
         if self.upper is None:
             return None
-        width = self.upper.pointwise.astype(np.float64) - self.lower.pointwise
-        return Estimate("bracket", width, self.num_chains, self.lower.data)
+        return difference("bracket", self.upper, self.lower)
 
     def __repr__(self) -> str:
         """A table with a row for each number and seed."""
@@ -192,9 +192,9 @@ def bracket(
         of_seeds.append((lower, upper, beside, acceptance, made and made.data))
     lower, upper, beside, acceptance, simulated = zip(*of_seeds, strict=True)
     return Bracket(
-        joined(lower),
-        None if upper[0] is None else joined(upper),
-        joined(beside) if num_samples else None,
+        joined(lower, axis=0),
+        None if upper[0] is None else joined(upper, axis=0),
+        joined(beside, axis=0) if num_samples else None,
         np.stack(acceptance),
         num_steps,
         num_chains,
@@ -245,16 +245,6 @@ def _check_sites(result: Fit, start: str) -> None:
                 f"bracket: expected a guide whose density is known, got the private draw {name!r}; "
                 f'take start="prior"'
             )
-
-
-def joined(estimates: Sequence[Estimate]) -> Estimate:
-    """The estimates of one seed each as one. ``data`` describes the first one's."""
-    first = estimates[0]
-    arrays = {}
-    for name in ("pointwise", "monte_carlo_variance", "pareto_k"):
-        parts = [getattr(known, name) for known in estimates]
-        arrays[name] = None if parts[0] is None else np.concatenate(parts)
-    return replace(first, **arrays)
 
 
 # --- the walk -------------------------------------------------------------------------------------
@@ -335,14 +325,14 @@ class Target:
             substitute(seed(self.model, _any_key()), data=self.params), self.unravel(u)
         )
         log_p, sites = compute_log_probs(known, (), alone(row), {}, sum_log_prob=True)
-        joint = known.log_det + total(log_p)
+        joint = known.log_det + sum_by_name(log_p)
         if self.start == "prior":
             prior = {name: log_p[name] for name in log_p if is_latent(sites[name])}
-            return known.log_det + total(prior), joint
+            return known.log_det + sum_by_name(prior), joint
         latents = {name: sites[name]["value"] for name in known.values}
         guide = substitute(seed(self.guide, _any_key()), data=self.params | latents)
         log_q, _ = compute_log_probs(guide, (), alone(row), {}, sum_log_prob=True)
-        return known.log_det + total(log_q), joint
+        return known.log_det + sum_by_name(log_q), joint
 
     def _drawn(self, key: Array, row: Mapping[str, Array]) -> tuple[dict[str, Array], Any]:
         program = self.model if self.start == "prior" else self.guide
@@ -383,11 +373,6 @@ def _any_key() -> Array:
 def alone(row: Mapping[str, Array]) -> dict[str, Array]:
     """One datum as a batch."""
     return {name: array[None] for name, array in row.items()}
-
-
-def total(terms: Mapping[str, Array]) -> Array:
-    """The sum, in the order of the names."""
-    return sum((terms[name] for name in sorted(terms)), jnp.zeros(()))
 
 
 def moves(

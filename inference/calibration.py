@@ -20,12 +20,14 @@ from scipy.special import ndtr
 
 from inference._data import Prepared
 from inference._judges import compiled, default_key, judged_data, over_data
+from inference._scaling import sum_by_name
 from inference._settings import require_whole
 from inference._simulate import Simulated, check_local, simulate
+from inference.datatree import DATUM, SAMPLES, clean
 from inference.evaluation import given_latents
 from inference.fit import Fit, site_dims
-from inference.generation import data_first
-from inference.sites import DataPlates, Program, is_auxiliary, is_latent, length, trace_of
+from inference.generation import latents_of
+from inference.sites import DataPlates, Program, length, trace_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,8 +37,6 @@ else:  # a second to import
 
 TEST = "log_likelihood"  # the test quantity, log p(x | z, c)
 LEVELS = (0.5, 0.8, 0.9, 0.95)  # of central intervals
-SAMPLES = ("chain", "draw")
-DATUM = "data"
 METHOD = "pot_c"  # ArviZ's name of the test, which plot_ecdf_pit uses too
 POWER_REPEATS, BAND_REPEATS = 400, 1000
 REMEDY = "it needs a new fit for every simulation: simulate, fit and rank in a loop"
@@ -220,18 +220,13 @@ def _counts(
 
     def quantities(latents: Mapping[str, Array]) -> dict[str, Array]:
         of_sites = given_latents(model, plates, axes, params, key, batch, latents)
-        total = sum((of_sites[name] for name in sorted(of_sites)), jnp.zeros(length(batch)))
+        total = jnp.zeros(length(batch)) + sum_by_name(of_sites)
         return {**latents, TEST: total}
 
     def add(i: Array, counts: Any) -> Any:
         sites = trace_of(guide, random.fold_in(key, i), params, **batch)
-        latents = {
-            name: data_first(site, plates, site["value"])
-            for name, site in sites.items()
-            if is_latent(site) and not is_auxiliary(site)
-        }
         below, equal = counts
-        found = quantities(latents)
+        found = quantities(latents_of(sites, plates))
         below = {name: below[name] + (found[name] < true[name]) for name in below}
         return below, {name: equal[name] + (found[name] == true[name]) for name in below}
 
@@ -263,7 +258,7 @@ def _tree(
     coords = {"chain": result.seeds}
 
     def dataset(values: Mapping[str, np.ndarray], *samples: str, **labels: Any) -> Dataset:
-        named = {_clean(n): ((*samples, *map(_clean, dims[n])), values[n]) for n in dims}
+        named = {clean(n): ((*samples, *map(clean, dims[n])), values[n]) for n in dims}
         sizes = dict(pair for axes, v in named.values() for pair in zip(axes, v.shape, strict=True))
         numbered = {axis: np.arange(size) for axis, size in sizes.items()}
         return Dataset(named, numbered | coords | labels)
@@ -296,7 +291,3 @@ def _tree(
         "power": f"{power:.2f} to find one quantity whose scale is 10 % too small, at level 0.05",
     }
     return tree
-
-
-def _clean(name: str) -> str:
-    return name.replace("/", ".")

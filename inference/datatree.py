@@ -219,7 +219,7 @@ def _judged(
 def _estimates(judged: Sequence[Judged]) -> Iterator[tuple[str, Estimate]]:
     for item in judged:
         if isinstance(item, Estimate):
-            yield _clean(item.name), item
+            yield clean(item.name), item
         elif isinstance(item, ElboTerms):
             yield from (("elbo", item.elbo), ("reconstruction", item.reconstruction))
             yield "kl", item.kl
@@ -355,16 +355,16 @@ def _coords(result: Fit, coords: Mapping[str, Any]) -> dict[str, np.ndarray]:
             f"coords: expected axes other than chain and draw, got {taken}; leave them out, "
             f"they are numbered by seed, step and draw"
         )
-    labels = {_clean(axis): np.asarray(values) for axis, values in coords.items()}
+    labels = {clean(axis): np.asarray(values) for axis, values in coords.items()}
     return labels | {"chain": np.asarray(result.seeds)}
 
 
 def _named(names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Names of axes by variable, as netCDF takes them."""
-    return {_clean(variable): [_clean(axis) for axis in axes] for variable, axes in names.items()}
+    return {clean(variable): [clean(axis) for axis in axes] for variable, axes in names.items()}
 
 
-def _clean(name: str) -> str:
+def clean(name: str) -> str:
     """A name without "/", which netCDF keeps for groups."""
     return name.replace("/", ".")
 
@@ -413,7 +413,7 @@ def _names_of_axes(
         return {**names, **fitting, **dims}
     if group == "posterior" and sites:
         found = programs_of(result, result.batch)
-        latent = {_clean(name) for name in (*found.latents, *found.summed)}
+        latent = {clean(name) for name in (*found.latents, *found.summed)}
         others = sorted(arrays.keys() - latent)
         if others:
             raise ValueError(
@@ -459,7 +459,7 @@ def _arrays(group: str, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of a nested mapping, on the host, under names that netCDF takes."""
     arrays: dict[str, np.ndarray] = {}
     for path, leaf in _leaves(tree):
-        name = _clean(".".join(path))
+        name = clean(".".join(path))
         if name in arrays or name in SAMPLES:
             raise ValueError(
                 f"{group}: expected names that differ from one another and from chain and draw, "

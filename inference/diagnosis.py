@@ -31,6 +31,7 @@ from inference.annealing import bracket
 from inference.calibration import plot_calibration, sbc
 from inference.evaluation import (
     Estimate,
+    difference,
     elbo_terms,
     log_likelihood,
     log_predictive_density,
@@ -91,14 +92,17 @@ class Page:
         """The page as Markdown, without figures."""
         return "\n\n".join(self._parts())
 
-    def _parts(self) -> list[str]:
-        found = [f"- **{f.name}.** {f}" for f in self.findings]
+    def _table(self, style: str) -> str:
+        """The numbers, in a style of tabulate."""
         lines = [[WORDS[n], f"{a:.4f}", f"{e:.4f}"] for n, (a, e) in self.numbers.items()]
         headers = ("nats per datum, or a share", "estimate", "standard error")
         align = ("left", "right", "right")
-        table = tabulate(lines, headers, "github", disable_numparse=True, colalign=align)
+        return tabulate(lines, headers, style, disable_numparse=True, colalign=align)
+
+    def _parts(self) -> list[str]:
+        found = [f"- **{f.name}.** {f}" for f in self.findings]
         parts = [f"# {self.title}", "## Findings", "\n".join(found) or "None."]
-        parts += ["## Numbers", table, *self.notes]
+        parts += ["## Numbers", self._table("github"), *self.notes]
         if self.missing:
             reasons = [f"- {judge}: {why}" for judge, why in self.missing.items()]
             parts += ["## Not computed", "\n".join(reasons)]
@@ -107,8 +111,6 @@ class Page:
     def _repr_html_(self) -> str:
         """The page with its figures, for a notebook."""
         found = "".join(f"<li><b>{f.name}.</b> {html.escape(str(f))}</li>" for f in self.findings)
-        lines = [[WORDS[n], f"{a:.4f}", f"{e:.4f}"] for n, (a, e) in self.numbers.items()]
-        headers = ("nats per datum, or a share", "estimate", "standard error")
         pictures = (
             f'<p><img alt="{name}" src="data:image/png;base64,{_png(figure)}"/></p>'
             for name, figure in self.figures.items()
@@ -119,7 +121,7 @@ class Page:
                 f"<h3>{html.escape(self.title)}</h3><h4>Findings</h4>",
                 f"<ul>{found}</ul>" if found else "<p>None.</p>",
                 "<h4>Numbers</h4>",
-                tabulate(lines, headers, "html", disable_numparse=True),
+                self._table("html"),
                 *(f"<p>{html.escape(note)}</p>" for note in self.notes),
                 *(["<h4>Not computed</h4><ul>", *reasons, "</ul>"] if self.missing else []),
                 *pictures,
@@ -265,6 +267,10 @@ class _Asked:
     num_steps: int
     key: Array
 
+    def conditions(self) -> dict[str, Any]:
+        """Conditions to simulate for, from the data."""
+        return conditions_among(self.one, judged_data(self.one, self.data).arrays)
+
 
 def _elbo(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
     return {"elbo": elbo_terms(asked.one, asked.data, num_samples=NUM_DRAWS, key=asked.key)}
@@ -275,7 +281,7 @@ def _density(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
     judge = log_predictive_density if programs.has_globals else log_likelihood
     density = judge(asked.one, asked.data, num_samples=asked.num_samples, key=asked.key)
     elbo = evidence.elbo and evidence.elbo.elbo
-    return {"density": density, "loss": elbo and _less(density, elbo)}
+    return {"density": density, "loss": elbo and difference("loss", density, elbo)}
 
 
 def _training(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
@@ -288,12 +294,6 @@ def _training(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
     found = _elbo(on_training, evidence)
     found = _density(on_training, replace(evidence, **found)) | found
     return {"training_elbo": found["elbo"].elbo, "training_loss": found["loss"]}
-
-
-def _less(a: Estimate, b: Estimate) -> Estimate:
-    """a - b, datum by datum."""
-    difference = a.pointwise.astype(np.float64) - b.pointwise
-    return Estimate("difference", difference, a.num_samples, a.data)
 
 
 def _latents(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
@@ -320,7 +320,7 @@ def _latents(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
 
 
 def _calibration(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
-    conditions = conditions_among(asked.one, judged_data(asked.one, asked.data).arrays)
+    conditions = asked.conditions()
     return {"calibration": sbc(asked.one, asked.num_simulations, key=asked.key, **conditions)}
 
 
@@ -330,7 +330,7 @@ def _bracket(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
 
 
 def _simulated(asked: _Asked, evidence: Evidence) -> dict[str, Any]:
-    conditions = conditions_among(asked.one, judged_data(asked.one, asked.data).arrays)
+    conditions = asked.conditions()
     found = bracket(
         asked.one,
         num_simulations=max(1, asked.num_data // 2),

@@ -4,9 +4,10 @@ A judge takes a fit and data, and answers for every seed at once. Where the fit 
 ``preprocess``, the data are prepared: ``test = result.prepare(data)``.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from inference.fit import Fit
 from inference.sites import DataPlates, Program, elementwise_kl, is_auxiliary, length
 
 DRAWS_AT_ONCE = 20  # of every datum of a batch, in memory together
+BY_DATUM = ("pointwise", "monte_carlo_variance", "pareto_k")  # the arrays (seed, N) of an Estimate
 FEWEST_FOR_TAIL = 30  # draws: six of them make the smallest tail that ArviZ can fit
 
 
@@ -94,6 +96,28 @@ class Estimate:
             return None
         good = self.pareto_k < pareto_k_threshold(self.num_samples)  # NaN is not
         return Estimate("high_pareto_k", (~good).astype(float), self.num_samples, self.data)
+
+
+def difference(name: str, a: Estimate, b: Estimate) -> Estimate:
+    """a - b, datum by datum, of estimates on the same data. Their draws are independent."""
+    variances = a.monte_carlo_variance, b.monte_carlo_variance
+    return Estimate(
+        name,
+        a.pointwise.astype(np.float64) - b.pointwise.astype(np.float64),
+        min(a.num_samples, b.num_samples),
+        b.data,
+        None if variances[0] is None or variances[1] is None else variances[0] + variances[1],
+    )
+
+
+def joined(parts: Sequence[Estimate], axis: int) -> Estimate:
+    """Estimates of several seeds (axis 0) or several data (axis 1) as one."""
+
+    def along(name: str) -> Any:
+        arrays = [getattr(part, name) for part in parts]
+        return None if any(a is None for a in arrays) else np.concatenate(arrays, axis)
+
+    return replace(parts[0], **{name: along(name) for name in BY_DATUM})
 
 
 @dataclass(frozen=True)
@@ -652,7 +676,7 @@ def _given_draws(
     draws: Mapping[str, Array],
 ) -> dict[str, Float[Array, "N draw"]]:
     """log p(x | z, c) by observed site."""
-    one = lambda latents: given_latents(model, plates, axes, params, key, batch, latents)  # noqa: E731
+    one = functools.partial(given_latents, model, plates, axes, params, key, batch)
     return jax.tree.map(lambda x: x.T, lax.map(one, dict(draws)))
 
 

@@ -28,7 +28,7 @@ from inference._feeds import put_rows
 from inference._judges import Judged, default_key, judged_data, require_local, values_of
 from inference._settings import require_whole
 from inference.engine import fit
-from inference.evaluation import Estimate, pointwise_elbo
+from inference.evaluation import BY_DATUM, Estimate, difference, joined, pointwise_elbo
 from inference.evaluation import log_likelihood as importance_sampled
 from inference.fit import Fit
 from inference.held import Held
@@ -40,7 +40,6 @@ NUM_ROUNDS = 10  # The draws of an ELBO come in so many rounds. Their deviation 
 NUM_PARTICLES = 10  # draws of each datum in every step of q*'s fit
 FEWEST_STEPS = 20  # A tenth of them has a deviation.
 AVERAGE = 0.2  # the last part of q*'s fit, over which its parameters are averaged
-BY_DATUM = ("pointwise", "monte_carlo_variance", "pareto_k")  # the arrays (seed, N) of an Estimate
 TOLERANCE = 0.01  # nats per datum that are never worth a warning
 
 
@@ -72,12 +71,12 @@ class InferenceGap:
     @property
     def total(self) -> Estimate:
         """log p(x | c) - L[q]: what the guide loses."""
-        return _difference("total_gap", self.log_likelihood, self.elbo)
+        return difference("total_gap", self.log_likelihood, self.elbo)
 
     @property
     def approximation(self) -> Estimate:
         """log p(x | c) - L[q*]: what the family loses."""
-        return _difference("approximation_gap", self.log_likelihood, self.best_elbo)
+        return difference("approximation_gap", self.log_likelihood, self.best_elbo)
 
     def __repr__(self) -> str:
         """A table, one row a seed: means over the data and their standard errors."""
@@ -107,18 +106,6 @@ class InferenceGap:
                 f"k-hat is too high for {shares} of the data: log p and total may be too low."
             )
         return "\n".join(lines)
-
-
-def _difference(name: str, a: Estimate, b: Estimate) -> Estimate:
-    """a - b, datum by datum. Their draws are independent."""
-    variances = a.monte_carlo_variance, b.monte_carlo_variance
-    return Estimate(
-        name,
-        a.pointwise.astype(np.float64) - b.pointwise.astype(np.float64),
-        min(a.num_samples, b.num_samples),
-        b.data,
-        None if variances[0] is None or variances[1] is None else variances[0] + variances[1],
-    )
 
 
 def inference_gap(
@@ -196,9 +183,9 @@ def inference_gap(
             settings |= {"key": density_key, "progress": progress}
             densities.append(importance_sampled(result, block, **settings))
             found = [importance_sampled(one, block, **settings) for one in best]
-            best_densities.append(_joined(found, axis=0))
+            best_densities.append(joined(found, axis=0))
     if log_likelihood is None:
-        greater = _greater(_joined(best_densities, axis=1), _joined(densities, axis=1))
+        greater = _greater(joined(best_densities, axis=1), joined(densities, axis=1))
         log_likelihood = replace(greater, data=judged.described)
     rounds = np.concatenate(elbos, axis=2), np.concatenate(best_elbos, axis=2)
     gap = _gap(log_likelihood, *rounds, math.prod(_rounds(num_samples)), traces)
@@ -350,16 +337,6 @@ def _rounds(num_samples: int) -> tuple[int, int]:
     """The number of rounds, and of draws in each."""
     num_rounds = min(NUM_ROUNDS, num_samples)
     return num_rounds, -(-num_samples // num_rounds)
-
-
-def _joined(parts: Sequence[Estimate], axis: int) -> Estimate:
-    """Estimates of several seeds (axis 0) or several data (axis 1) as one."""
-
-    def along(name: str) -> Any:
-        arrays = [getattr(part, name) for part in parts]
-        return None if any(a is None for a in arrays) else np.concatenate(arrays, axis)
-
-    return replace(parts[0], **{name: along(name) for name in BY_DATUM})
 
 
 def _greater(a: Estimate, b: Estimate) -> Estimate:

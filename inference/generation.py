@@ -408,6 +408,15 @@ def data_first(site: Site, plates: DataPlates, value: Array) -> Array:
     return jnp.moveaxis(jnp.asarray(value), axis, 0)
 
 
+def latents_of(sites: Values, plates: DataPlates) -> Values:
+    """The latents that a guide drew, the data first, without what it draws for itself."""
+    return {
+        name: data_first(site, plates, site["value"])
+        for name, site in sites.items()
+        if is_latent(site) and not is_auxiliary(site)
+    }
+
+
 def _prior_draws(
     model: Program, plates: DataPlates, num_samples: int, params: Any, key: Array, arrays: Values
 ) -> Values:
@@ -451,12 +460,7 @@ def _posterior_draws(
     batch: Values,
 ) -> Values:
     def draw(keys: tuple[Array, Array]) -> Values:
-        sites = _latent_draws(guide, shared, params, keys, batch)
-        return {
-            name: data_first(site, plates, site["value"])
-            for name, site in sites.items()
-            if is_latent(site) and not is_auxiliary(site)
-        }
+        return latents_of(_latent_draws(guide, shared, params, keys, batch), plates)
 
     keys = _both_keys(key, batch_key, num_samples)
     return _batch_first(lax.map(draw, keys, batch_size=DRAWS_AT_ONCE), shared)
