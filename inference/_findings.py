@@ -100,7 +100,7 @@ class Evidence:
 
 
 def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
-    """All findings, in the order in which to look at them."""
+    """All findings, the most urgent first."""
     found = (rule(evidence) for rule in RULES)
     return tuple(finding for finding in found if finding is not None)
 
@@ -328,7 +328,7 @@ def _unreliable_share(density: Estimate | None) -> float:
 
 
 def _above_importance(bracket: Bracket | None) -> Estimate | None:
-    """The bound of annealing less that of importance sampling, on the same data."""
+    """By how much annealing is above importance sampling, on the same data."""
     if bracket is None or bracket.importance is None:
         return None
     return difference("above_importance", bracket.lower, bracket.importance)

@@ -22,11 +22,11 @@ from inference.sites import length, mask_name, observed_sources, spread_rows, tr
 
 DATA_AT_ONCE = 500  # that are simulated together
 CONDITIONS = 1000  # rows of data that conditions are drawn from
-LOOKED_AT = 20  # simulated data whose observations are compared with what the model observes
+LOOKED_AT = 20  # simulated data that are compared with what the model observes
 
 
 class NotSimulated(ValueError):
-    """A model whose observations are computed from its arrays: no array can be simulated."""
+    """No array can be simulated: the model computes its observations from its arrays."""
 
 
 class Simulated(NamedTuple):
