@@ -143,6 +143,14 @@ def is_summed(site: Site) -> bool:
     return is_latent(site) and site["infer"].get("enumerate") == "parallel"
 
 
+def given_values(site: Site) -> Any:
+    """The values of a latent site that the data tell, -1 for unknown; None if they tell none.
+
+    A model says so by ``infer={"given": values}`` (``models.labels.partly_observed``).
+    """
+    return site["infer"].get("given") if is_latent(site) else None
+
+
 def is_scanned(site: Site) -> bool:
     """True for a site inside a ``scan``."""
     return bool(site.get("_control_flow_done"))
@@ -171,6 +179,17 @@ def is_real(support: Any) -> bool:
     """Whether every array of real numbers is in the support."""
     real = constraints.real, constraints.real_vector, constraints.real_matrix
     return without_events(support) in real
+
+
+def num_values(support: Any) -> int | None:
+    """How many values 0, 1, ... a discrete support has. None for any other support."""
+    support = without_events(support)
+    if support is constraints.boolean:
+        return 2
+    if not isinstance(support, type(constraints.integer_interval(0, 1))):
+        return None
+    low, high = support.lower_bound, support.upper_bound
+    return high + 1 if low == 0 and isinstance(high, int) else None
 
 
 def is_known(support: Any) -> bool:
@@ -330,6 +349,7 @@ class LatentSite:
         support: a constraint of ``numpyro.distributions.constraints``. None where the program
             computes it: then ``computed_sites`` finds it.
         is_masked: whether the program masks the site's density.
+        is_given: whether the data tell some of its values.
     """
 
     batch: tuple[int, ...]
@@ -338,6 +358,17 @@ class LatentSite:
     plates: tuple[Any, ...]
     support: Any
     is_masked: bool
+    is_given: bool
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether its values are 0, 1, ... up to a known number."""
+        return num_values(self.support) is not None
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the program computes something of the site from the data."""
+        return self.support is None or self.is_masked or self.is_given
 
     @property
     def is_local(self) -> bool:
@@ -407,11 +438,11 @@ def _outline(model: Program, shapes: Batch) -> Outline:
     drawn = {n: s for n, s in sites.items() if is_latent(s) and not is_summed(s)}
     drawn = {n: s for n, s in drawn.items() if not is_auxiliary(s)}
     for name, site in drawn.items():
-        _check_drawable(name, site)
+        _check_drawable(name, site, plates)
     if longer is not None:
         _check_same_sites(drawn, longer, plates)
     latents = {name: _latent_site(site, plates) for name, site in drawn.items()}
-    computed = [name for name, site in latents.items() if site.support is None or site.is_masked]
+    computed = [name for name, site in latents.items() if site.is_computed]
     if computed:
         _check_supports_known(model, shapes, sites, computed)
     return Outline(latents, frozenset(sites), longer is not None)
@@ -457,10 +488,11 @@ def _latent_site(site: Site, plates: DataPlates) -> LatentSite:
         plates=frames,
         support=support if is_known(support) else None,
         is_masked=isinstance(site["fn"], dist.MaskedDistribution),
+        is_given=given_values(site) is not None,
     )
 
 
-def _check_drawable(name: str, site: Site) -> None:
+def _check_drawable(name: str, site: Site, plates: DataPlates) -> None:
     support = site["fn"].support
     if is_scanned(site):
         raise ValueError(
@@ -469,10 +501,14 @@ def _check_drawable(name: str, site: Site) -> None:
             f".to_event, and compute the states from it"
         )
     if support.is_discrete:
+        if num_values(support) is not None and plates.hold(site):
+            return
+        got = f"one with support {support}"
+        got += "" if plates.hold(site) else ", which lies outside the plate of the data"
         raise ValueError(
-            f"model site {name!r}: expected a continuous latent site, got one with support "
-            f"{support}; observe it, sum over it (infer={{'enumerate': 'parallel'}} and "
-            f"TraceEnum_ELBO), or relax it"
+            f"model site {name!r}: expected a continuous latent site, or a Categorical or "
+            f"Bernoulli for each datum, got {got}; observe it, sum over it "
+            f"(infer={{'enumerate': 'parallel'}} and TraceEnum_ELBO), or relax it"
         )
     try:  # of a support that the program computes, the kind alone
         biject_to(jax.tree.map(lambda x: 0.0 if isinstance(x, Tracer) else x, support))
@@ -522,7 +558,7 @@ def _check_supports_known(
         values = {name: given[f"site {i}"] for i, name in enumerate(order)}
         with block():
             found = trace_of(model, jax.random.key(0), values, **batch)
-        return {n: jax.tree.leaves((found[n]["fn"].support, _mask(found[n]))) for n in computed}
+        return {n: jax.tree.leaves(_from_data(found[n])) for n in computed}
 
     def run(inputs: Any, batch: Any) -> None:
         given = {f"site {i}": inputs[name] for i, name in enumerate(order)}
@@ -542,6 +578,11 @@ def _check_supports_known(
 
 def _mask(site: Site) -> Any:
     return site["fn"]._mask if isinstance(site["fn"], dist.MaskedDistribution) else ()
+
+
+def _from_data(site: Site) -> Any:
+    """What a program may compute of a site from the data: its support, mask and given values."""
+    return site["fn"].support, _mask(site), given_values(site)
 
 
 def computed_sites(model: Program, data: Batch) -> dict[str, Site]:
@@ -632,18 +673,35 @@ def observed_sources(model: Program, batch: Batch) -> dict[str, frozenset[str]]:
     Args:
         model, batch: as in ``observed_arrays``.
     """
-    return {site["name"]: sources for site, sources in _observed(model, abstract(batch))}
+    return {s["name"]: arrays for s, arrays in _made_from(model, abstract(batch), _observation)}
 
 
-def _observed(model: Program, shapes: Batch) -> list[tuple[Site, frozenset[str]]]:
-    """Every observed site, and the arrays that its value is made from."""
+def given_sources(model: Program, batch: Batch) -> dict[str, frozenset[str]]:
+    """By latent site whose values the data tell in part, the arrays that tell them.
+
+    Args:
+        model, batch: as in ``observed_arrays``.
+    """
+    return {s["name"]: arrays for s, arrays in _made_from(model, abstract(batch), given_values)}
+
+
+def _observation(site: Site) -> Any:
+    return site["value"] if is_observed(site) and not is_auxiliary(site) else None
+
+
+def _made_from(
+    model: Program, shapes: Batch, numbers_of: Callable[[Site], Any]
+) -> list[tuple[Site, frozenset[str]]]:
+    """The sample sites for which ``numbers_of`` has numbers, and the arrays they are made from."""
     sites: dict[str, Site] = {}
 
     def values(**arrays: Any) -> dict[str, Any]:
         with block():
             found = trace_of(model, jax.random.key(0), {}, **arrays)
-        sites.update((n, s) for n, s in found.items() if is_observed(s) and not is_auxiliary(s))
-        return {name: site["value"] for name, site in sites.items()}
+        numbers = {n: numbers_of(s) for n, s in found.items() if s["type"] == "sample"}
+        numbers = {name: array for name, array in numbers.items() if array is not None}
+        sites.update((name, found[name]) for name in numbers)
+        return numbers
 
     sources: dict[str, frozenset[str]] = {}
 
@@ -659,7 +717,8 @@ class Kind:
     """What the numbers of an array mean.
 
     Attributes:
-        name: "real", "boolean", "counts", "labels", or "integers" of no known meaning.
+        name: "real", "boolean", "counts", "labels", "given" (values of a latent site, known in
+            part), or "integers" of no known meaning.
         num_classes: how many labels there are.
     """
 
@@ -685,10 +744,12 @@ def _array_kinds(model: Program, shapes: Batch) -> dict[str, Kind]:
         else:
             real = jnp.issubdtype(array.dtype, jnp.floating)
             kinds[name] = Kind("real" if real else "integers")
-    for site, sources in _observed(model, shapes):
+    for sources in given_sources(model, shapes).values():
+        kinds |= {name: Kind("given") for name in sources}
+    for site, sources in _made_from(model, shapes, _observation):
         for name in sources:
             is_value = len(sources) == 1 and jnp.size(site["value"]) == shapes[name].size
-            if is_value and kinds[name] != Kind("boolean"):
+            if is_value and kinds[name] not in (Kind("boolean"), Kind("given")):
                 kinds[name] = _kind_of(base(site["fn"]))
     return kinds
 

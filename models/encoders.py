@@ -14,6 +14,7 @@ Without an encoder of its own a model gets an MLP on all arrays. ``Inputs`` says
 | Boolean, or the value of a Bernoulli site          | 0 or 1                                    |
 | counts: the value of a Poisson site, for example   | log(1 + x), standardised                  |
 | labels: the value of a Categorical site            | one-hot                                   |
+| values of a latent site, known in part             | nothing: the guide's draws have them      |
 | other integers                                     | nothing: such an array needs an encoder   |
 | ``<name>_mask``                                    | 0 or 1, and 0 for the entries masked out  |
 """
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from inference.sites import Kind
+from inference.sites import Kind, length
 from models.networks import MLP
 
 MakeEncoder = Callable[..., nnx.Module]  # (num_outputs, *, rngs) -> a module from the data
@@ -76,8 +77,10 @@ class Inputs:
 
     def __call__(self, data: Data, statistics: Statistics) -> Float[Array, "N inputs"]:
         """The vectors, arrays in the order of their names."""
-        parts = []
+        parts = [jnp.zeros((length(data), 0), jnp.float32)]
         for name, kind in sorted(self.kinds.items()):
+            if kind.name == "given":
+                continue
             numbers = _numbers(data[name], kind)
             if name in statistics:
                 numbers = _standardised(numbers, **statistics[name])

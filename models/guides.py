@@ -38,7 +38,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ from inference.sites import (
     outline,
     prior_draws,
 )
-from models.blocks import Block, Drawn, Numbers, Plates, Start, blocks_of, start_of
+from models.blocks import Block, Drawn, Numbers, Plates, Start, blocks_of, loc_scale
 from models.densities import CholeskyNormal, Coupling, Couplings
 from models.encoders import Data, Inputs, MakeEncoder, PerDatum, default_network
 from models.networks import MLP, network, positive, still
@@ -117,6 +117,7 @@ class Chain(Guide):
 
     encoder: MakeEncoder | None = None
     globals: str = "mean_field"
+    draws_discrete: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.globals not in GLOBALS:
@@ -165,6 +166,7 @@ class Chain(Guide):
         blocks = blocks_of(self.model, found, data)
         shared = [block for block in blocks.values() if not block.site.is_local]
         names = [name for name, block in blocks.items() if block.site.is_local]
+        self._check_discrete(found)
         local = [blocks[name] for name in self.order(names)]
         inputs = self._inputs(data) if local else None
         statistics = self._statistics(found, inputs, data)
@@ -202,14 +204,25 @@ class Chain(Guide):
             start = Start(**statistics["latents"][block.name])
             fn = self.conditional(block, start, numbers[block.name], past)
             with plates.around(block.site):
-                value = numpyro.sample(block.name, block.distribution(fn))
-            if len(past) + 1 < len(blocks):
-                real = (block.real(value) - start.median) / start.spread
-                past.append(Drawn(block, numbers[block.name], real))
+                is_last = len(past) + 1 == len(blocks)
+                infer = block.infer(is_last)
+                value = numpyro.sample(block.name, block.distribution(fn), infer=infer)
+            if not is_last:
+                past.append(Drawn(block, numbers[block.name], block.seen(value, start)))
 
     def per_datum(self, num_data: int) -> "Chain":
         """The same family with a table of numbers for each datum in place of the encoder."""
         return replace(self, encoder=PerDatum(num_data))
+
+    def _check_discrete(self, found: Outline) -> None:
+        """Raises ValueError for a discrete site in a family of real numbers."""
+        for name, site in found.latents.items():
+            if site.is_discrete and not self.draws_discrete:
+                raise ValueError(
+                    f"model site {name!r}: expected real numbers in the family "
+                    f"{type(self).__name__}, got the support {site.support}; take mean_field or "
+                    f"structured, which draw discrete sites"
+                )
 
     # --- where the numbers come from
 
@@ -258,7 +271,7 @@ class Chain(Guide):
             some = few(found, data)
             blocks = blocks_of(self.model, found, some)
             draws = prior_draws(self.model, blocks, some, key)
-            latents = {name: start_of(block, draws[name]) for name, block in blocks.items()}
+            latents = {name: block.start(draws[name]) for name, block in blocks.items()}
             of_data = {} if inputs is None else {"data": inputs.statistics(data)}
             return {"latents": latents} | of_data
 
@@ -308,41 +321,43 @@ def _check_names(found: Outline, guide: Guide) -> None:
 # --- Gaussian families ----------------------------------------------------------------------------
 
 
-def _loc_scale(block: Block, start: Start, numbers: Numbers) -> tuple[Array, Array]:
-    """Location and scale of every entry, (N, *plates, size), in the coordinates of ``start``."""
-    loc, raw = (block.entries(numbers[group]) for group in ("loc", "raw"))
-    return start.median + start.spread * loc, start.spread * positive(raw)
-
-
 def _residuals(past: Sequence[Drawn]) -> Array:
     """Of the sites before: (u - loc) / scale, (N, numbers)."""
     parts = []
-    for block, numbers, real in past:
+    for block, numbers, seen in past:
         loc, raw = (block.entries(numbers[group]) for group in ("loc", "raw"))
-        parts.append(((real - loc) / positive(raw)).reshape(len(real), -1))
+        parts.append(((seen - loc) / positive(raw)).reshape(len(seen), -1))
     return jnp.concatenate(parts, axis=1)
 
 
 def _with_past(context: Array, past: Sequence[Drawn]) -> Array:
-    """A context and the real numbers of the sites before, (N, numbers)."""
-    before = [d.real.reshape(len(d.real), -1).astype(context.dtype) for d in past]
-    return jnp.concatenate([context, *before], axis=1)
+    """A context and the numbers of the sites before, (N, numbers)."""
+    parts = [context]
+    for block, _, seen in past:
+        by_datum = seen.shape[: seen.ndim - len(block.plates) - 1]
+        parts.append(seen.reshape(*by_datum, -1).astype(context.dtype))
+    shape = jnp.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return jnp.concatenate([jnp.broadcast_to(p, (*shape, p.shape[-1])) for p in parts], axis=-1)
 
 
 @dataclass(frozen=True)
 class MeanField(Chain):
-    """The family q(u | x, c) = prod_i Normal(u_i; loc_i(x, c), scale_i(x, c)^2)."""
+    """The family q(u | x, c) = prod_i Normal(u_i; loc_i(x, c), scale_i(x, c)^2).
+
+    A discrete site has logits in place of the location and the scale.
+    """
+
+    draws_discrete: ClassVar[bool] = True
 
     def sizes(self, block: Block, before: int) -> dict[str, int]:
-        """A location and a scale for each number."""
-        return {"loc": block.total, "raw": block.total}
+        """A location and a scale for each number, or logits."""
+        return block.independent_sizes
 
     def conditional(
         self, block: Block, start: Start, numbers: Numbers, past: Sequence[Drawn]
     ) -> dist.Distribution:
-        """Independent Normals."""
-        loc, scale = map(block.placed, _loc_scale(block, start, numbers))
-        return dist.Normal(loc, scale).to_event(1)
+        """Independent Normals, or independent choices."""
+        return block.independent(start, numbers)
 
 
 def mean_field(
@@ -396,15 +411,16 @@ class Structured(MeanField):
     def conditional(
         self, block: Block, start: Start, numbers: Numbers, past: Sequence[Drawn]
     ) -> dist.Distribution:
-        """Independent Normals. A network adds what the sites before change."""
+        """Independent distributions. A network adds what the sites before change."""
         if past:
-            inputs = _with_past(numbers["context"], past)
+            inputs, sizes = _with_past(numbers["context"], past), super().sizes(block, 0)
+            ends = np.cumsum(list(sizes.values()))
 
             def build(rngs: nnx.Rngs) -> MLP:
-                return still(inputs.shape[-1], self.num_hidden, 2 * block.total, rngs=rngs)
+                return still(inputs.shape[-1], self.num_hidden, int(ends[-1]), rngs=rngs)
 
-            loc, raw = jnp.split(network(f"{block.name}_given", build)(inputs), 2, axis=-1)
-            numbers = {"loc": numbers["loc"] + loc, "raw": numbers["raw"] + raw}
+            added = jnp.split(network(f"{block.name}_given", build)(inputs), ends[:-1], axis=-1)
+            numbers = {n: numbers[n] + more for n, more in zip(sizes, added, strict=True)}
         return super().conditional(block, start, numbers, ())
 
 
@@ -453,7 +469,7 @@ class FullCovariance(Chain):
         self, block: Block, start: Start, numbers: Numbers, past: Sequence[Drawn]
     ) -> dist.Distribution:
         """A multivariate Normal by its Cholesky factor."""
-        loc, scale = _loc_scale(block, start, numbers)
+        loc, scale = loc_scale(block, start, numbers)
         if past:
             loc += scale * self.shift(block, numbers, past)
         below = block.entries(numbers["below"])
@@ -528,14 +544,15 @@ class LowRank(Chain):
         self, block: Block, start: Start, numbers: Numbers, past: Sequence[Drawn]
     ) -> dist.Distribution:
         """A multivariate Normal by its factor and its diagonal."""
-        loc, scale = _loc_scale(block, start, numbers)
+        loc, scale = loc_scale(block, start, numbers)
         factor = self.factor(block, numbers)
         if past:
             mean, root = self.posterior(past)
             loc += scale * block.entries(jnp.einsum("nir,nr->ni", factor, mean))
             factor = factor @ root
         factor = scale[..., None] * factor.reshape(*scale.shape, -1)
-        loc, factor, scale = map(block.placed, (loc, factor, scale))
+        loc, scale = map(block.placed, (loc, scale))
+        factor = block.placed(factor, num_event=2)
         return dist.LowRankMultivariateNormal(loc, factor, scale**2)
 
     def factor(self, block: Block, numbers: Numbers) -> Array:
@@ -735,7 +752,7 @@ class SemiAmortised(MeanField):
         """Draws the site from independent Normals, refined. Its gradient goes to the encoder."""
         [block] = blocks
         start = Start(**statistics["latents"][block.name])
-        loc, scale = _loc_scale(block, start, numbers[block.name])
+        loc, scale = loc_scale(block, start, numbers[block.name])
         begin = loc, jnp.log(scale)
         end = self.refine(lax.stop_gradient(begin), self.log_joint(block, data))
         loc, log_scale = (s + lax.stop_gradient(e - s) for s, e in zip(begin, end, strict=True))
