@@ -35,6 +35,7 @@ from inference.sites import (
     batch_shape,
     data_plates,
     following,
+    given_values,
     is_auxiliary,
     is_fixed,
     is_known,
@@ -44,12 +45,14 @@ from inference.sites import (
     is_summed,
     mask_of,
     no_draws,
+    num_values,
     plate_sizes,
     site_in_flight,
     trace_of,
     values_needed,
 )
 
+MOST_VALUES = 1024  # joint values of discrete sites that judges sum over, for each datum
 SUPPORT_ROWS = 4096  # data that are compared with their supports at a time
 
 
@@ -80,13 +83,16 @@ class Programs:
         globals: the sample sites of either program that lie outside them.
         latents: the guide's draws, by name.
         observed: the model's observed sites, by name.
-        bounded: those of them that do not take every real number.
+        bounded: the model's sites whose values the data tell, all or in part, and which do not
+            take every real number.
         params: the abstract value of every parameter, by name.
         fixed: those parameters that no optimiser moves.
         mutable: likewise for the mutable state.
         summed: the model's latent sites that the guide does not draw, to be summed over.
         scanned: those of them that lie inside a scan.
-        enumerated: the guide's latent sites that an objective may sum over.
+        enumerated: the guide's local sites that judges sum over, exactly: those marked
+            ``infer={"enumerate": "parallel"}``, as long as they have at most ``MOST_VALUES`` joint
+            values for a datum.
         tied_to: what binds the guide to the data it was fitted to, in words, or None.
     """
 
@@ -176,15 +182,38 @@ def look(
         globals=tuple(name for name, site in sampled.items() if not plates.hold(site)),
         latents={name: _axes(site, plates) for name, site in here.draws.items()},
         observed={name: _axes(site, plates) for name, site in observed.items()},
-        bounded=tuple(n for n, s in observed.items() if not is_real(s["fn"].support)),
+        bounded=tuple(n for n, s in here.model.items() if _has_bounds(s)),
         params=here.params,
         fixed=frozenset(n for n, s in (here.guide | here.model).items() if is_fixed(s)),
         mutable=here.mutable,
         summed=summed,
         scanned=tuple(name for name in summed if is_scanned(here.model[name])),
-        enumerated=tuple(name for name, site in here.draws.items() if is_summed(site)),
+        enumerated=_enumerated(here.draws, plates),
         tied_to=tied_to,
     )
+
+
+def _has_bounds(site: Site) -> bool:
+    """Whether the data tell values of the site, and not every real number will do."""
+    if site["type"] != "sample" or is_auxiliary(site) or is_real(site["fn"].support):
+        return False
+    return site["is_observed"] or given_values(site) is not None
+
+
+def _enumerated(draws: Mapping[str, Site], plates: DataPlates) -> tuple[str, ...]:
+    """The sites of a guide that judges sum over."""
+    names: list[str] = []
+    count = 1
+    for name, site in draws.items():
+        values = num_values(site["fn"].support)
+        if values is not None and is_summed(site) and plates.hold(site):
+            shape = list(batch_shape(site))
+            del shape[plates.axis(site)]
+            count *= values ** int(np.prod(shape))
+            if count > MOST_VALUES:
+                break
+            names.append(name)
+    return tuple(names)
 
 
 def _run_batch(run: Callable[[int], "_Found"], size: int, num_data: int | None) -> "_Found":
@@ -340,11 +369,13 @@ def support_check(
         draws = {n: s["value"] for n, s in drawn.items() if is_latent(s)}
         outside = {}
         for name, site in trace_of(model, model_key, params | draws, **batch).items():
-            if site["type"] != "sample" or not site["is_observed"] or is_auxiliary(site):
+            if not _has_bounds(site) or not is_known(site["fn"].support):
                 continue
-            support = site["fn"].support
-            if is_known(support) and not is_real(support):
-                outside[name] = _outside(support, site["value"], mask_of(site["fn"]))
+            value, counted = site["value"], mask_of(site["fn"])
+            if not site["is_observed"]:
+                value = given_values(site)
+                counted = value != -1  # unknown
+            outside[name] = _outside(site["fn"].support, value, counted)
         return outside
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), dict(params))
@@ -385,8 +416,9 @@ def check_supports(
                 raise ValueError(
                     f"site {name!r}: expected values in the support of its distribution, got "
                     f"{int(count)} outside in a batch of {len(next(iter(batch.values())))} data, "
-                    f"which range from {low:g} to {high:g}; rescale or binarise the data "
-                    f"(preprocess), or choose another likelihood"
+                    f"which range from {low:g} to {high:g}; mend the labels of a latent site (-1 "
+                    f"is unknown), rescale or binarise other data (preprocess), or choose another "
+                    f"likelihood"
                 )
 
 
@@ -489,8 +521,8 @@ def _check_site(role: str, site: Site, size: int | None, can_infer_discrete: boo
     if is_latent(site) and not can_infer_discrete and site["fn"].support.is_discrete:
         raise ProgramError(
             f"{role} site {site['name']!r}: expected a continuous latent site, got one with "
-            f"support {site['fn'].support}; observe it, sum over it "
-            f"(infer={{'enumerate': 'parallel'}} and TraceEnum_ELBO), or relax it"
+            f"support {site['fn'].support}; train with TraceEnum_ELBO, which sums over it, with "
+            f"TraceGraph_ELBO or with ReweightedWakeSleep, observe it, or relax it"
         )
 
 

@@ -281,10 +281,19 @@ def _check_objectives(
             f"inside, where NumPyro's TraceEnum_ELBO gives a wrong sum; sum over the states in the "
             f"model (the forward algorithm), and add the log of the sum by numpyro.factor"
         )
-    if programs.summed and not objective.can_infer_discrete:
+    known = traits(objective)
+    if programs.summed and not known.sums_sites:
         raise ValueError(
             f"objective: expected one that sums over the sites {', '.join(programs.summed)}, got "
-            f"{name}; use TraceEnum_ELBO"
+            f"{name}; use TraceEnum_ELBO, or let the guide draw them: leave out "
+            f"infer={{'enumerate': 'parallel'}} in the model and take guides.mean_field(model)"
+        )
+    if programs.summed and (known.weighed_divergence or known.changes_with_step):
+        raise ValueError(
+            f"objective: expected a divergence that a weight can multiply, got {name} and the site "
+            f"{programs.summed[0]!r}, which is summed over in the model and has none of its own; "
+            f"let the guide draw it: leave out infer={{'enumerate': 'parallel'}} in the model and "
+            f"take guides.mean_field(model)"
         )
     for each in (objective, validation_objective):
         if each is not None and traits(each).exact_divergences:

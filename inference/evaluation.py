@@ -16,7 +16,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import lax, random
 from jaxtyping import Array, Bool, Float, PyTree, Real
-from numpyro.handlers import replay, seed
+from numpyro.handlers import seed
 from numpyro.infer.util import compute_log_probs
 
 from inference._judges import (
@@ -29,9 +29,9 @@ from inference._judges import (
     shared_draws,
 )
 from inference._settings import require_whole
-from inference._summation import summed_log_weight
+from inference._summation import Sums, joint_values, local, log_weights, run
 from inference.fit import Fit
-from inference.sites import DataPlates, Program, elementwise_kl, is_auxiliary, length
+from inference.sites import DataPlates, Program, base, elementwise_kl, is_auxiliary, length
 
 DRAWS_AT_ONCE = 20  # of every datum of a batch, in memory together
 BY_DATUM = ("pointwise", "monte_carlo_variance", "pareto_k")  # the arrays (seed, N) of an Estimate
@@ -265,7 +265,7 @@ def elbo_terms(
             f"{judged.programs.summed[0]!r}, which is summed over and has no divergence of its "
             f"own; use pointwise_elbo or log_likelihood"
         )
-    judge = compiled(_mean_terms, *_programs(result, judged)[:3], num_samples)
+    judge = compiled(_mean_terms, *_programs(result, judged), num_samples)
     found = over_data(judge, result, judged, key, batch_size, progress, "ELBO")
 
     def estimate(name: str, values: Any) -> Estimate:
@@ -363,7 +363,7 @@ def log_predictive_density(
         num_samples, num_local_samples = 1, num_samples * num_local_samples
     shared = tuple(n for n, axes in programs.latents.items() if axes.data_axis is None)
     sizes = num_samples, num_local_samples if len(shared) < len(programs.latents) else 1
-    judge = compiled(_predictive, result.model, result.guide, programs.plates, shared, *sizes)
+    judge = compiled(_predictive, *_programs(result, judged), shared, *sizes)
     ratios = np.zeros((result.num_seeds, num_samples))
     seeds = itertools.cycle(range(result.num_seeds))  # in the order in which they are judged
 
@@ -524,89 +524,72 @@ def _enter(
     """The checks of a judge that has a number for each datum."""
     require_whole("num_samples", num_samples, 1)
     judged = judged_data(result, data)
-    programs = judged.programs
-    require_local(judged, name, allows_globals=allows_globals and not programs.summed)
-    if programs.summed and programs.enumerated:
-        raise ValueError(
-            f"{name}: expected discrete sites that the model sums over or the guide draws, got "
-            f"both, {programs.summed[0]!r} and {programs.enumerated[0]!r}; this is not supported"
-        )
+    require_local(judged, name, allows_globals=allows_globals and not judged.programs.summed)
     return judged, default_key(key, name)
 
 
-def _programs(result: Fit, judged: Judged) -> tuple[Program, Program, DataPlates, bool]:
-    return result.model, result.guide, judged.programs.plates, bool(judged.programs.summed)
+def _programs(result: Fit, judged: Judged) -> tuple[Program, Program, DataPlates, Sums]:
+    programs = judged.programs
+    sums = Sums(bool(programs.summed), programs.enumerated)
+    return result.model, result.guide, programs.plates, sums
 
 
 # --- one batch ------------------------------------------------------------------------------------
 
 
-def _run(
-    model: Program, guide: Program, params: Mapping[str, Any], data: Mapping[str, Any], key: Array
-) -> tuple[dict[str, Array], dict[str, Any], dict[str, Array], dict[str, Any]]:
-    """log q and its sites, log p and its sites, at one draw from the guide."""
-    guide_key, model_key = random.split(key)
-    log_q, q_sites = compute_log_probs(
-        seed(guide, guide_key), (), dict(data), dict(params), sum_log_prob=False
-    )
-    log_p, p_sites = compute_log_probs(
-        replay(seed(model, model_key), q_sites), (), dict(data), dict(params), sum_log_prob=False
-    )
-    return log_q, q_sites, log_p, p_sites
-
-
-def _local(terms: Mapping[str, Array], sites: Mapping[str, Any], plates: DataPlates) -> Any:
-    """The terms of the sites with a value for each datum."""
-    return {name: term for name, term in terms.items() if plates.hold(sites[name])}
-
-
-def _log_weight(
+def _importance_weights(
     model: Program,
     guide: Program,
     plates: DataPlates,
-    sums: bool,
+    sums: Sums,
     params: Mapping[str, Any],
     data: Mapping[str, Array],
 ) -> Callable[[Array], Float[Array, " N"]]:
-    """From a key to log p(x, z | c) - log q(z | x, c) of every datum."""
-    data, size = {name: jnp.asarray(array) for name, array in data.items()}, length(data)
+    """From a key to log sum_k p(x, z_k, k | c) / q(z_k | x, c, k) of every datum.
 
-    def draw(key: Array) -> Array:
-        if sums:
-            return summed_log_weight(model, guide, plates, params, data, key)
-        log_q, q_sites, log_p, p_sites = _run(model, guide, params, data, key)
-        log_p = plates.sum_by_datum(_local(log_p, p_sites, plates), p_sites, size)
-        return log_p - plates.sum_by_datum(_local(log_q, q_sites, plates), q_sites, size)
-
-    return draw
+    k stands for the summed sites. Without any it is log p(x, z | c) - log q(z | x, c).
+    """
+    draw = log_weights(model, guide, plates, sums, params, data)
+    return lambda key: jax.nn.logsumexp(draw(key)[0], axis=0)
 
 
 def _mean_log_weight(
     model: Program,
     guide: Program,
     plates: DataPlates,
-    sums: bool,
+    sums: Sums,
     num_samples: int,
     params: PyTree,
     key: Array,
     batch: Mapping[str, Array],
 ) -> Float[Array, " N"]:
-    draw = _log_weight(model, guide, plates, sums, params, batch)
+    weights = log_weights(model, guide, plates, sums, params, batch)
+
+    def draw(key: Array) -> Array:
+        log_w, log_q = weights(key)
+        return _expected(log_w - log_q, log_q)
+
     return jnp.mean(lax.map(draw, random.split(key, num_samples)), axis=0)
+
+
+def _expected(values: Float[Array, "J N *rest"], log_q: Float[Array, "J N"]) -> Array:
+    """The mean over the guide's summed sites."""
+    q = jnp.exp(log_q).reshape(*log_q.shape, *[1] * (values.ndim - 2))
+    return jnp.where(q > 0, q * values, 0.0).sum(0)
 
 
 def _importance(
     model: Program,
     guide: Program,
     plates: DataPlates,
-    sums: bool,
+    sums: Sums,
     num_samples: int,
     num_largest: int,
     params: PyTree,
     key: Array,
     batch: Mapping[str, Array],
 ) -> Any:
-    draw = _log_weight(model, guide, plates, sums, params, batch)
+    draw = _importance_weights(model, guide, plates, sums, params, batch)
     return _importance_sample(draw, key, num_samples, num_largest)
 
 
@@ -614,6 +597,7 @@ def _predictive(
     model: Program,
     guide: Program,
     plates: DataPlates,
+    sums: Sums,
     shared: tuple[str, ...],
     num_samples: int,
     num_local_samples: int,
@@ -630,7 +614,7 @@ def _predictive(
 
     def given_globals(keys: tuple[Array, Array]) -> tuple[Array, Array]:
         same = shared_draws(guide, shared, params, keys[0], batch)
-        draw = _log_weight(model, guide, plates, False, params | same, batch)
+        draw = _importance_weights(model, guide, plates, sums, params | same, batch)
         if num_local_samples == 1:
             log_w = draw(keys[1])
             return log_w, jnp.zeros_like(log_w)
@@ -651,7 +635,7 @@ def _under_labels(
     model: Program,
     guide: Program,
     plates: DataPlates,
-    sums: bool,
+    sums: Sums,
     num_classes: int,
     num_samples: int,
     params: PyTree,
@@ -660,7 +644,7 @@ def _under_labels(
 ) -> Float[Array, "N K"]:
     def under(label: Array) -> Array:
         given = dict(batch, c=jnp.full_like(batch["c"], label))
-        draw = _log_weight(model, guide, plates, sums, params, given)
+        draw = _importance_weights(model, guide, plates, sums, params, given)
         return _importance_sample(draw, key, num_samples)[0]
 
     return lax.map(under, jnp.arange(num_classes)).T
@@ -718,12 +702,22 @@ def _mean_terms(
     model: Program,
     guide: Program,
     plates: DataPlates,
+    sums: Sums,
     num_samples: int,
     params: PyTree,
     key: Array,
     batch: Mapping[str, Array],
 ) -> dict[str, Any]:
-    draw = lambda key: _terms(model, guide, plates, params, batch, key)  # noqa: E731
+    def draw(key: Array) -> dict[str, Any]:
+        def at(values: Mapping[str, Array]) -> tuple[dict[str, Any], Array]:
+            return _terms(model, guide, plates, sums.in_guide, params | values, batch, key)
+
+        if not sums.in_guide:
+            return at({})[0]
+        joint = joint_values(guide, plates, sums.in_guide, params, batch, key)
+        terms, log_q = jax.vmap(at)(joint)
+        return jax.tree.map(lambda term: _expected(term, log_q), terms)
+
     return jax.tree.map(lambda x: x.mean(0), lax.map(draw, random.split(key, num_samples)))
 
 
@@ -731,23 +725,23 @@ def _terms(
     model: Program,
     guide: Program,
     plates: DataPlates,
+    summed: tuple[str, ...],
     params: PyTree,
     data: Mapping[str, Array],
     key: Array,
-) -> dict[str, Any]:
-    """The terms of the ELBO at one draw."""
-    log_q, q_sites, log_p, p_sites = _run(model, guide, params, data, key)
+) -> tuple[dict[str, Any], Float[Array, " N"]]:
+    """The terms of the ELBO at one draw, and log q of the guide's summed sites."""
+    log_q, q_sites, log_p, p_sites = run(model, guide, params, data, key)
     size = length(data)
     of_globals = {
         name: jnp.broadcast_to((log_q[name] - log_p[name]).sum(), (size,))
         for name in log_q
         if name in log_p and not plates.hold(q_sites[name])
     }
-    log_q, log_p = _local(log_q, q_sites, plates), _local(log_p, p_sites, plates)
+    log_q, log_p = local(log_q, q_sites, plates), local(log_p, p_sites, plates)
 
-    def by_datum(site: Any, values: Array) -> Float[Array, "N z"]:
-        axis = plates.axis(site) - site["fn"].event_dim
-        return jnp.moveaxis(values, axis, 0).reshape(size, -1)
+    def by_datum(site: Any, values: Array, num_event: int) -> Float[Array, "N z"]:
+        return jnp.moveaxis(values, plates.axis(site) - num_event, 0).reshape(size, -1)
 
     observed = {name: log_p[name] for name in log_p if p_sites[name]["is_observed"]}
     prior = {name: log_p[name] for name in log_p if name not in observed}
@@ -756,7 +750,7 @@ def _terms(
     for name in latents:
         divergence = elementwise_kl(q_sites[name]["fn"], p_sites[name]["fn"])
         if divergence is not None:
-            per_dim[name] = by_datum(q_sites[name], divergence)
+            per_dim[name] = by_datum(q_sites[name], divergence, q_sites[name]["fn"].event_dim)
     by_site = {
         name: plates.sum_by_datum({name: log_q[name]}, q_sites, size)
         - plates.sum_by_datum({name: prior[name]}, p_sites, size)
@@ -766,15 +760,25 @@ def _terms(
     if len(latents) == len(log_q) == len(prior) == len(per_dim) == 1:
         kl = by_site[latents[0]] = per_dim[latents[0]].sum(1)
     reconstruction = plates.sum_by_datum(observed, p_sites, size)
-    return {
+    terms = {
         "elbo": reconstruction - kl,
         "reconstruction": reconstruction,
         "kl": kl,
         "kl_by_site": by_site,
         "kl_of_globals": of_globals,
         "kl_per_dim": per_dim,
-        "z_loc": {n: by_datum(q_sites[n], mean(q_sites[n]["fn"], key)) for n in latents},
+        "z_loc": {n: by_datum(q_sites[n], *_centre(q_sites[n]["fn"], key)) for n in latents},
     }
+    return terms, plates.sum_by_datum({name: log_q[name] for name in summed}, q_sites, size)
+
+
+def _centre(fn: dist.Distribution, key: Array) -> tuple[Array, int]:
+    """The mean of a distribution, of a Categorical its probabilities; the axes of one event."""
+    plain = base(fn)
+    if isinstance(plain, dist.CategoricalLogits | dist.CategoricalProbs):
+        shape = (*fn.batch_shape, *fn.event_shape, plain.probs.shape[-1])
+        return jnp.broadcast_to(plain.probs, shape), fn.event_dim + 1
+    return mean(fn, key), fn.event_dim
 
 
 def mean(fn: dist.Distribution, key: Array) -> Array:

@@ -40,9 +40,12 @@ from inference.sites import (
     Program,
     Site,
     abstract,
+    base,
+    given_values,
     is_auxiliary,
     is_latent,
     length,
+    num_values,
     observed_arrays,
     trace_of,
 )
@@ -62,7 +65,8 @@ def sample_prior_predictive(
         result: what ``fit`` returned.
         num_samples: draws for each datum.
         key: a random key. A fixed one by default.
-        conditions: arrays of shape (M, ...) by name. Without conditions there is one datum.
+        conditions: arrays of shape (M, ...) by name. Without conditions there is one datum. Labels
+            that are seen in part are conditions too: a known one is not drawn.
 
     Returns:
         Every latent and observed site by name, (seed, draw, M, ...).
@@ -137,8 +141,9 @@ def sample_posterior_predictive(
 def encode(result: Fit, data: Any, *, key: Array | None = None) -> Values:
     """The mean of q(z | x, c) at every latent site, or with a key one draw.
 
-    A mean without a formula is taken over a thousand draws. In a chain of latent sites it is the
-    mean given a draw of the sites before it.
+    A Categorical or a Bernoulli has its most probable value in place of a mean. A mean without a
+    formula is taken over a thousand draws. In a chain of latent sites it is the mean given a draw
+    of the sites before it, or given their most probable value.
 
     Args:
         result, data: as in ``sample_posterior``.
@@ -400,6 +405,33 @@ class _Unobserved(Messenger):
             msg["value"], msg["is_observed"] = None, False
 
 
+class _Told(Messenger):
+    """Gives latent sites the values that the data tell, in place of a draw.
+
+    It goes around the handler that records the sites.
+    """
+
+    def postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and given_values(msg) is not None:
+            given = given_values(msg)
+            msg["value"] = jnp.where(given == -1, msg["value"], given).astype(msg["value"].dtype)
+
+
+class _Modes(Messenger):
+    """Gives discrete latent sites their most probable value, in place of a draw."""
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] != "sample" or not is_latent(msg) or msg["value"] is not None:
+            return
+        count = num_values(msg["fn"].support)
+        if count is not None:
+            fn = base(msg["fn"])
+            shape = msg["fn"].batch_shape + msg["fn"].event_shape
+            values = jnp.arange(count).reshape(-1, *[1] * len(shape))
+            values = jnp.broadcast_to(values, (count, *shape))
+            msg["value"] = jnp.argmax(fn.log_prob(values), axis=0).astype(jnp.int32)
+
+
 def data_first(site: Site, plates: DataPlates, value: Array) -> Array:
     """The value with the data along its first axis, if it has a data axis."""
     if not plates.hold(site):
@@ -421,7 +453,8 @@ def _prior_draws(
     model: Program, plates: DataPlates, num_samples: int, params: Any, key: Array, arrays: Values
 ) -> Values:
     def draw(key: Array) -> Values:
-        sites = trace_of(model, key, params, **arrays)
+        with _Told():
+            sites = trace_of(model, key, params, **arrays)
         return {
             name: data_first(site, plates, site["value"])
             for name, site in sites.items()
@@ -477,12 +510,13 @@ def _posterior_means(
     batch_key: Array,
     batch: Values,
 ) -> Values:
-    sites = _latent_draws(guide, shared, params, (key, batch_key), batch)
-    means = {
-        name: data_first(site, plates, mean(site["fn"], key))[None]
-        for name, site in sites.items()
-        if is_latent(site) and not is_auxiliary(site)
-    }
+    sites = _latent_draws(_Modes(guide), shared, params, (key, batch_key), batch)
+    means = {}
+    for name, site in sites.items():
+        if is_latent(site) and not is_auxiliary(site):
+            is_discrete = num_values(site["fn"].support) is not None
+            value = site["value"] if is_discrete else mean(site["fn"], key)
+            means[name] = data_first(site, plates, value)[None]
     return _batch_first(means, shared)
 
 

@@ -13,6 +13,8 @@ The objectives in this file also work in NumPyro's ``SVI``.
 | ``KLWarmUp``              | the same, and beta rises to 1 while training warms up            |
 | ``FreeBits``              | an ELBO's, with the first nats of the divergence free            |
 | ``Hybrid``                | the ELBO's, mixed with one that has the prior for its guide      |
+| ``ReweightedWakeSleep``   | of latents without a gradient: by importance weights             |
+| ``LabelTerm``             | an ELBO's, and the guide learns to classify the labelled data    |
 
 The value is always the ELBO or the named bound. So traces of different objectives can be compared.
 ``inference._scaling`` turns it into nats per datum.
@@ -52,6 +54,7 @@ from inference.sites import (
     base,
     data_plates,
     elementwise_kl,
+    given_values,
     is_latent,
     is_observed,
     trace_of,
@@ -72,6 +75,7 @@ class Traits:
         changes_with_step: it has a method ``at_step(step) -> ELBO``.
         num_steps: steps until it stops changing. None for an objective that never changes.
         latents_from_data: it takes the values of the latent sites from the data.
+        sums_sites: it sums over sites marked ``infer={"enumerate": "parallel"}``.
     """
 
     weighs_jointly: bool = False
@@ -81,6 +85,7 @@ class Traits:
     changes_with_step: bool = False
     num_steps: int | None = None
     latents_from_data: bool = False
+    sums_sites: bool = False
 
 
 def traits(objective: ELBO) -> Traits:
@@ -95,10 +100,9 @@ def _known_traits(objective: Any) -> Traits:
     return Traits()
 
 
-@_known_traits.register(TraceGraph_ELBO)
 @_known_traits.register(TraceEnum_ELBO)
 def _(objective: Any) -> Traits:
-    return Traits()
+    return Traits(weighable_divergence=True, sums_sites=True)
 
 
 @_known_traits.register(Trace_ELBO)
@@ -162,15 +166,18 @@ def _check_divergence(objective: Any, weighed: bool) -> None:
 
     Args:
         objective: what came.
-        weighed: whether its divergence may have a weight already.
+        weighed: whether its divergence may have a weight already, or be summed over sites.
     """
     check_objective(objective)
     known = traits(objective)
-    if known.weighable_divergence and (weighed or not known.weighed_divergence):
+    is_plain = not (known.weighed_divergence or known.sums_sites)
+    if known.weighable_divergence and (weighed or is_plain):
         return
     names = "Trace_ELBO, TraceMeanField_ELBO, StickingTheLanding"
-    names += ", Hybrid, KLWeighted" if weighed else ""
-    why = "has a weight already" if known.weighable_divergence else "is no term by itself"
+    names += ", TraceEnum_ELBO, Hybrid, KLWeighted" if weighed else ""
+    why = "is no term by itself"
+    if known.weighable_divergence:
+        why = "is a sum over sites" if known.sums_sites else "has a weight already"
     raise TypeError(
         f"objective: expected {names} or a subclass, got {type(objective).__name__}, where the "
         f"divergence {why}; train it without warm-up, beta, free bits and Hybrid"
@@ -242,9 +249,10 @@ class KLWeighted(Derived):
     The value is the ELBO, in traces and on held-out data.
 
     Args:
-        objective: ``Trace_ELBO``, ``TraceMeanField_ELBO``, ``StickingTheLanding``, ``Hybrid`` or a
-            subclass of these. In a ``Hybrid`` only the guide's divergence is weighed. With another
-            ``KLWeighted`` the weights multiply.
+        objective: ``Trace_ELBO``, ``TraceMeanField_ELBO``, ``StickingTheLanding``, ``Hybrid``,
+            ``TraceEnum_ELBO`` or a subclass of these. In a ``Hybrid`` only the guide's divergence
+            is weighed. With another ``KLWeighted`` the weights multiply. ``TraceEnum_ELBO`` may sum
+            over sites that the guide draws, and not over those that it does not.
         weight: a number from 0, or a traced scalar.
 
     Raises:
@@ -562,6 +570,134 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
 
 
+# --- latents without a gradient -------------------------------------------------------------------
+
+
+class ReweightedWakeSleep(ELBO):
+    """Importance weights in place of a gradient through the draws: for discrete latents too.
+
+    Bornschein & Bengio 2015 (equations 7 and 9, the wake phases); Le et al. 2019 (section 3). The
+    guide draws z_k, and w_k = p(x, z_k | c) / q(z_k | x, c). Each datum has its own weights, and
+    v_k = w_k / sum_j w_j is the share of draw k. The value is the importance-weighted bound,
+
+        L_K = E [ log (1 / K) sum_k w_k ].
+
+    The gradient of the
+
+        model's parameters is  sum_k v_k  (d / d theta) log p(x, z_k | c),
+        guide's parameters is  sum_k v_k  (d / d phi)   log q(z_k | x, c),
+
+    with the draws held. So the model climbs the bound, and the guide comes close to the posterior
+    in KL(p || q). Both gradients are biased for few particles. With one particle the guide learns
+    nothing. A parameter in both programs gets the sum of the two.
+
+    Args:
+        num_particles: K, draws of z per datum, at least 2.
+
+    Raises:
+        ValueError: ``num_particles`` is below 2. In use: a site lies outside the plates of the
+            data, or a plate draws its own batches.
+    """
+
+    can_infer_discrete = True
+    traits = Traits()
+
+    def __init__(self, num_particles: int = 10):
+        _check_count("num_particles", num_particles)
+        if num_particles < 2:
+            raise ValueError(
+                f"num_particles: expected at least 2, whose weights can differ, got {num_particles}"
+            )
+        super().__init__(num_particles)
+
+    def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
+        """The loss: its value is minus the importance-weighted bound."""
+        plates = _data_plates(model, param_map, args, kwargs)
+
+        def particle(key: Array) -> tuple[Array, Array]:
+            model_key, guide_key = random.split(key)
+            drawn = trace_of(guide, guide_key, param_map, *args, **kwargs)
+            draws = {n: lax.stop_gradient(s["value"]) for n, s in drawn.items() if is_latent(s)}
+            values = param_map | draws
+            log_q, q_sites = compute_log_probs(
+                seed(guide, guide_key), args, kwargs, values, sum_log_prob=False
+            )
+            log_p, p_sites = compute_log_probs(
+                seed(model, model_key), args, kwargs, values, sum_log_prob=False
+            )
+            check_model_guide_match(p_sites, q_sites)
+            size = _batch_size(p_sites, plates)
+            by_datum = plates.sum_by_datum
+            return by_datum(log_p, p_sites, size), by_datum(log_q, q_sites, size)
+
+        log_p, log_q = jax.vmap(particle)(_keys(rng_key, self.num_particles))
+        log_w = lax.stop_gradient(log_p - log_q)
+        share = jax.nn.softmax(log_w, axis=0)
+        bound = jax.nn.logsumexp(log_w, axis=0) - math.log(self.num_particles)
+        return _with_gradient_of(-bound.sum(), -(share * (log_p + log_q)).sum())
+
+
+class LabelTerm(Derived):
+    """An objective, and a guide that learns to classify the labelled data.
+
+    Kingma et al. 2014, equation 9. The ELBO of a labelled datum says nothing of q(y | x): the
+    guide is sure of a label that it is told. So this term is added to the gradient, and not to the
+    value:
+
+        weight * sum over labelled data of log q(y | x, c),
+
+    with q as it is before it is told the label. The term counts for every latent site of the guide
+    that the data tell in part (``models.labels.partly_observed``).
+
+    Args:
+        objective: any NumPyro ELBO object. A ``KLWarmUp`` or ``KLWeighted`` goes inside.
+        weight: of a labelled datum, from 0. The paper has 0.1 N / M for M labelled data out of N.
+
+    Raises:
+        ValueError: the weight is out of range. In use: the guide has no such site.
+    """
+
+    def __init__(self, objective: ELBO, weight: float):
+        check_objective(objective)
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weight: expected a finite number from 0, got {weight}")
+        super().__init__(objective)
+        self.label_weight = weight
+
+    @property
+    def traits(self) -> Traits:
+        """What ``inference.objectives.traits`` answers."""
+        return replace(traits(self.objective), weighable_divergence=False)
+
+    def at_step(self, step: Any) -> ELBO:
+        """The objective of a step, counted from 0."""
+        inner: Any = self.objective
+        return LabelTerm(inner.at_step(step), self.label_weight)
+
+    def derive(self, evaluate, rng_key, param_map, model, guide, args, kwargs):
+        """The loss, and the programs' mutable state."""
+        loss, state = evaluate(model, guide)
+        _, guide_key = random.split(rng_key)
+        sites = trace_of(guide, guide_key, param_map, *args, **kwargs)
+        known = [site for site in sites.values() if given_values(site) is not None]
+        if not known:
+            raise ValueError(
+                "LabelTerm: expected a guide with a site whose values the data tell in part, got "
+                "none; draw the label by models.labels.partly_observed in the model"
+            )
+        term = sum(_log_q_of_labels(site) for site in known)
+        return _with_gradient_of(loss, loss - self.label_weight * term), state
+
+
+def _log_q_of_labels(site: Site) -> Array:
+    """The sum over labelled data of log q(y | x, c), before q is told."""
+    given, fn = given_values(site), site["infer"]["untold"]
+    is_known = given >= 0
+    log_q = base(fn).log_prob(jnp.where(is_known, given, 0))
+    scale = 1.0 if site["scale"] is None else site["scale"]
+    return scale * jnp.where(is_known, log_q, 0.0).sum()
+
+
 # --- draws from the prior ------------------------------------------------------------------------
 
 
@@ -618,8 +754,10 @@ OBJECTIVES: dict[str, Callable[[int], ELBO]] = {
     "Trace_ELBO": Trace_ELBO,
     "TraceMeanField_ELBO": TraceMeanField_ELBO,
     "TraceEnum_ELBO": TraceEnum_ELBO,
+    "TraceGraph_ELBO": TraceGraph_ELBO,
     "RenyiELBO": lambda num_particles: RenyiELBO(num_particles=num_particles),
     "importance-weighted": lambda num_particles: RenyiELBO(num_particles=num_particles),
     "doubly-reparameterized": DoublyReparameterized,
     "sticking-the-landing": StickingTheLanding,
+    "reweighted-wake-sleep": ReweightedWakeSleep,
 }

@@ -30,7 +30,7 @@ from inference.sites import (
 )
 from models.coordinates import Unconstrained
 from models.encoders import Data
-from models.labels import told
+from models.labels import told, told_of
 from models.networks import positive
 
 Numbers = dict[str, Array]  # what makes the distribution of a site, (N, ...) each
@@ -88,10 +88,11 @@ class Block(ABC):
     def seen(self, value: Array, start: "Start") -> Float[Array, "*axes size"]:
         """A value as the sites after it see it: numbers of about unit size by entry."""
 
-    def infer(self, is_last: bool) -> dict[str, Any]:
+    def infer(self, fn: dist.Distribution, is_last: bool) -> dict[str, Any]:
         """What the guide tells of the site.
 
         Args:
+            fn: the distribution of the numbers that describe its value.
             is_last: whether no site of the guide comes after it.
         """
         return {}
@@ -279,15 +280,15 @@ class DiscreteBlock(Block):
         first = self.data_first(one_hot, len(self.site.shape) + 1)
         return first.reshape(*first.shape[: first.ndim - len(self.site.shape) - 1], -1)
 
-    def infer(self, is_last: bool) -> dict[str, Any]:
+    def infer(self, fn: dist.Distribution, is_last: bool) -> dict[str, Any]:
         """An objective may sum over the site, and learns what the data tell of it.
 
         It may not where a site of the guide that comes after sees all entries of a further plate
         at once, or where an event has several entries.
         """
-        alone = not self.site.shape and (is_last or math.prod(self.plates) == 1)
-        enumerate_ = {"enumerate": "parallel"} if alone else {}
-        return enumerate_ | ({} if self.given is None else {"given": self.given})
+        is_single = not self.site.shape and (is_last or math.prod(self.plates) == 1)
+        sums = {"enumerate": "parallel"} if is_single else {}
+        return sums | ({} if self.given is None else told_of(fn, self.given))
 
 
 def _reshaped(fn: dist.Distribution, shape: tuple[int, ...]) -> dist.Distribution:

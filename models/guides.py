@@ -205,7 +205,7 @@ class Chain(Guide):
             fn = self.conditional(block, start, numbers[block.name], past)
             with plates.around(block.site):
                 is_last = len(past) + 1 == len(blocks)
-                infer = block.infer(is_last)
+                infer = block.infer(fn, is_last)
                 value = numpyro.sample(block.name, block.distribution(fn), infer=infer)
             if not is_last:
                 past.append(Drawn(block, numbers[block.name], block.seen(value, start)))

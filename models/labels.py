@@ -85,5 +85,15 @@ def told(fn: dist.Distribution, given: Array) -> dist.Distribution:
     return sure.to_event(num_event)
 
 
+def told_of(fn: dist.Distribution, given: Array) -> dict[str, Any]:
+    """What a guide's site says, as ``infer=``, of the values that the data tell.
+
+    Args:
+        fn: the distribution before it is told, for ``inference.LabelTerm``.
+        given: as in ``told``.
+    """
+    return {"given": given, "untold": fn}
+
+
 def _event_axes(fn: dist.Distribution) -> tuple[int, ...]:
     return tuple(range(-len(fn.event_shape), 0))
