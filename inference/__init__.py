@@ -51,6 +51,7 @@ from inference.objectives import (
 )
 from inference.optimizers import precondition
 from inference.particles import antithetic
+from inference.prediction import LabelProbabilities, Prediction, plot_reliability, predict
 
 __all__ = [
     "OBJECTIVES",
@@ -69,9 +70,11 @@ __all__ = [
     "KLWarmUp",
     "KLWeighted",
     "LabelCheck",
+    "LabelProbabilities",
     "LabelTerm",
     "NonFiniteError",
     "Page",
+    "Prediction",
     "Prepared",
     "ProgramError",
     "ReweightedWakeSleep",
@@ -93,9 +96,11 @@ __all__ = [
     "log_predictive_density",
     "pareto_k_threshold",
     "plot_calibration",
+    "plot_reliability",
     "pointwise_elbo",
     "pointwise_log_likelihood",
     "precondition",
+    "predict",
     "reconstruct",
     "sample_posterior",
     "sample_posterior_predictive",

@@ -590,7 +590,7 @@ def _importance(
     batch: Mapping[str, Array],
 ) -> Any:
     draw = _importance_weights(model, guide, plates, sums, params, batch)
-    return _importance_sample(draw, key, num_samples, num_largest)
+    return importance_sample(draw, key, num_samples, num_largest)
 
 
 def _predictive(
@@ -618,7 +618,7 @@ def _predictive(
         if num_local_samples == 1:
             log_w = draw(keys[1])
             return log_w, jnp.zeros_like(log_w)
-        return _importance_sample(draw, keys[1], num_local_samples)[:2]
+        return importance_sample(draw, keys[1], num_local_samples)[:2]
 
     keys = random.split(key, num_samples), random.split(batch_key, num_samples)
     log_p, within = lax.map(given_globals, keys, batch_size=max(1, DRAWS_AT_ONCE // at_once))
@@ -645,7 +645,7 @@ def _under_labels(
     def under(label: Array) -> Array:
         given = dict(batch, c=jnp.full_like(batch["c"], label))
         draw = _importance_weights(model, guide, plates, sums, params, given)
-        return _importance_sample(draw, key, num_samples)[0]
+        return importance_sample(draw, key, num_samples)[0]
 
     return lax.map(under, jnp.arange(num_classes)).T
 
@@ -790,7 +790,7 @@ def mean(fn: dist.Distribution, key: Array) -> Array:
         return draws.mean(0)
 
 
-def _importance_sample(
+def importance_sample(
     draw: Callable[[Array], Array], key: Array, num_samples: int, num_largest: int = 0
 ) -> tuple[Float[Array, " N"], Float[Array, " N"], Float[Array, "N largest"]]:
     """The log of the mean weight of every datum, the variance of that log over draws, and the

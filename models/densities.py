@@ -97,3 +97,51 @@ class Coupling(transforms.Transform):
     def tree_flatten(self) -> Any:
         """The arrays, and the rest."""
         return (self.mlp, self.context), (("mlp", "context"), {"kept": self.kept})
+
+
+class Folded(dist.Distribution):
+    """A distribution over (M * N, ...) arrays, as one of batch shape (M, N, ...).
+
+    Networks and likelihoods take data along one axis. Where an objective sums over a site drawn
+    before, the values of that site are an axis more.
+
+    Args:
+        fn: a distribution of batch shape (prod(shape), *rest).
+        shape: what its first axis is unfolded to.
+    """
+
+    pytree_data_fields = ("fn",)
+    pytree_aux_fields = ("shape",)
+
+    def __init__(self, fn: dist.Distribution, shape: tuple[int, ...]):
+        self.fn, self.shape = fn, shape
+        super().__init__((*shape, *fn.batch_shape[1:]), fn.event_shape)
+
+    @property
+    def support(self) -> Any:
+        """That of the folded distribution."""
+        return self.fn.support
+
+    @property
+    def has_rsample(self) -> bool:
+        """Whether draws have a gradient."""
+        return self.fn.has_rsample
+
+    def _unfolded(self, x: Array) -> Array:
+        return x.reshape(*self.shape, *x.shape[1:])
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Draws of shape (*sample_shape, *batch_shape, *event_shape)."""
+        draws = self.fn.sample(key, sample_shape)
+        return draws.reshape(*sample_shape, *self.batch_shape, *self.event_shape)
+
+    def log_prob(self, value: Array) -> Array:
+        """Log densities of the batch shape. Values broadcast with it."""
+        value = jnp.broadcast_to(value, self.batch_shape + self.event_shape)
+        folded = value.reshape(-1, *value.shape[len(self.shape) :])
+        return self._unfolded(self.fn.log_prob(folded))
+
+    @property
+    def mean(self) -> Array:
+        """The means, of the batch shape."""
+        return self._unfolded(self.fn.mean)

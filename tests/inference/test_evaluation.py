@@ -176,7 +176,7 @@ def test_memory_does_not_grow_with_the_samples():
     @functools.cache
     def needed(num_samples, num_largest=0):
         sampler = jax.jit(
-            lambda key: evaluation._importance_sample(draw, key, num_samples, num_largest)
+            lambda key: evaluation.importance_sample(draw, key, num_samples, num_largest)
         )
         return sampler.lower(KEY).compile().memory_analysis().temp_size_in_bytes
 
