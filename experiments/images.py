@@ -57,6 +57,29 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
+def likelihood_of(name: str | None, record: Record) -> Likelihood | None:
+    """The likelihood of a name, with the numbers of a table's columns.
+
+    Args:
+        name: a name in ``LIKELIHOODS``. None for a table's default, and for none of images.
+        record: of the data.
+
+    Raises:
+        ValueError: a likelihood of tables for images.
+    """
+    is_table = len(record.x_shape) == 1
+    name = name or ("normal" if is_table else "")
+    if name and not is_table and name not in PIXEL_LIKELIHOODS:
+        raise ValueError(
+            f"likelihood: expected one of {', '.join(PIXEL_LIKELIHOODS)} for the images of "
+            f"{record.name}, got {name!r}, which is for tables"
+        )
+    likelihood: Any = LIKELIHOODS.get(name)
+    numbers = ("x_mean", "x_std") if is_table else ()
+    known = {n: getattr(record, n) for n in numbers if hasattr(likelihood, n)}
+    return replace(likelihood, **known) if known else likelihood
+
+
 def burda_schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
     """3^i shares of the run at learning_rate * 10^(-i/7), i = 0..7 (Burda et al. 2016, section 5).
 
@@ -235,23 +258,9 @@ class Config(Machines):
         names = ("hidden", "channels", "num_latents", "dtype")
         changes = {name: getattr(self, name) for name in names}
         changes["activation"] = ACTIVATIONS.get(self.activation or "")
-        changes["likelihood"] = self._likelihood(record)
+        changes["likelihood"] = likelihood_of(self.likelihood, record)
         changes = {name: value for name, value in changes.items() if value is not None}
         return replace(vae.PRESETS[self.preset], x_shape=record.x_shape, **changes)
-
-    def _likelihood(self, record: Record) -> Likelihood | None:
-        """The likelihood, with the numbers of a table's columns. None for the preset's."""
-        is_table = len(record.x_shape) == 1
-        name = self.likelihood or ("normal" if is_table else "")
-        if name and not is_table and name not in PIXEL_LIKELIHOODS:
-            raise ValueError(
-                f"likelihood: expected one of {', '.join(PIXEL_LIKELIHOODS)} for the images of "
-                f"{record.name}, got {name!r}, which is for tables"
-            )
-        likelihood: Any = LIKELIHOODS.get(name)
-        numbers = ("x_mean", "x_std") if is_table else ()
-        known = {n: getattr(record, n) for n in numbers if hasattr(likelihood, n)}
-        return replace(likelihood, **known) if known else likelihood
 
     def make_guide(self, model: vae.Model, num_data: int) -> Any:
         """The guide of the model. ``num_data`` counts for a table with a row for each datum."""

@@ -150,7 +150,7 @@ class Model(vae.Model):
                 f"or set num_classes"
             )
 
-    def encoder(self, num_outputs: int, *, hidden: Any = None, rngs: nnx.Rngs) -> "Blind":
+    def encoder(self, num_outputs: int, *, hidden: Any = None, rngs: nnx.Rngs) -> Any:
         """The network from x, and c if there is a condition, to the numbers of a guide.
 
         It does not see y: a guide that draws y must not know it.
@@ -239,7 +239,7 @@ class Guide:
     model: Model
     hidden: tuple[int, ...] | None = None
 
-    def _classifier(self, rngs: nnx.Rngs) -> Blind:
+    def _classifier(self, rngs: nnx.Rngs) -> Any:
         return self.model.encoder(self.model.num_classes, hidden=self.hidden, rngs=rngs)
 
     def _encoder(self, rngs: nnx.Rngs) -> LabelledEncoder:
