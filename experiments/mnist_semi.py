@@ -292,7 +292,7 @@ def parsed(name: str) -> tuple[str, int, int]:
 
 def main_fit(config: Config) -> str:
     """The fit that a run is known for: the last row's first."""
-    return next(n for n in names(config) if n == "m1" or parsed(n)[0] == config.rows[-1])
+    return next(name for name in names(config) if name.split("-")[0] == config.rows[-1])
 
 
 def programs(config: Config, record: Record, name: str, fits: Fits) -> tuple[Any, Any]:
