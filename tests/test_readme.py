@@ -53,6 +53,8 @@ SMALL = {
     "--num-train 200 --num-test 20 --num-samples 5 --no-progress",
     "svhn_vae": "--dataset digits --channels 4 8 --hidden 8 --num-epochs 1 --num-train 200 "
     "--num-test 20 --num-samples 5 --no-progress",
+    "mnist_semi": "--dataset digits --num-labels 20 --rows term --num-draws 1 --num-epochs 1 "
+    "--num-test 20 --num-samples 5 --num-label-samples 2 --no-progress",
     "compare": "",
     "diagnose": "--num-data 5 --num-simulations 50 --num-samples 30 --num-steps 10 --no-progress",
     "runs": "",
@@ -286,7 +288,7 @@ def test_python(page, tmp_path):
 
 # Scripts that take long here, and that tests/experiments runs too.
 LONG = ("mnist_quadrants.py", "svhn_vae.py", "linear_gaussian.py", "mnist_cvae.py", "compare.py")
-LONG += ("exact.py", "train.py", "diagnose.py")
+LONG += ("exact.py", "train.py", "diagnose.py", "mnist_semi.py")
 
 
 def write_own_files(page, directory):

@@ -132,11 +132,16 @@ def total(terms):
 
 
 CASES = [
-    ("two", "mean-field", "some"),
-    ("two", "structured", "none"),
-    ("two", "structured", "all"),
     ("two", "structured", "some"),
     ("nested", "structured", "some"),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in (
+            ("two", "mean-field", "some"),
+            ("two", "structured", "none"),
+            ("two", "structured", "all"),
+        )
+    ),
 ]
 
 
