@@ -7,16 +7,38 @@ import gc
 import os
 import sys
 import tempfile
+import types
+from typing import Any
 
+import beartype
 import jax
 import jaxtyping
 import numpy as np
 import psutil
 import pytest
 
+_checked: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+
+def checked(stub: Any) -> Any:
+    """``beartype``. It sees a function within a function once, and not at every call of the outer.
+
+    jaxtyping hands it no function itself, but a stub that takes the same arguments, or the result
+    too, and does nothing. Stubs of the same code, annotations and defaults check the same.
+    """
+    if not isinstance(stub, types.FunctionType) or "<locals>" not in stub.__qualname__:
+        return beartype.beartype(stub)
+    defaults = (*(stub.__defaults__ or ()), *(stub.__kwdefaults__ or {}).values())
+    annotations = tuple(stub.__annotations__.items())
+    key = stub.__module__, stub.__qualname__, stub.__code__, annotations, *map(id, defaults)
+    if key not in _checked:
+        _checked[key] = beartype.beartype(stub), defaults  # kept: no other object gets their ids
+    return _checked[key][0]
+
+
 # Every annotation in the packages is checked when a function is called. This must come before
 # their first import.
-jaxtyping.install_import_hook(["models", "inference", "experiments"], "beartype.beartype")
+jaxtyping.install_import_hook(["models", "inference", "experiments"], f"{__name__}.checked")
 
 # A CPU stands in for eight. This must come before JAX looks for devices; where it finds a GPU,
 # that is still the one it computes on, and tests that need eight devices skip themselves.
