@@ -288,7 +288,7 @@ def test_python(page, tmp_path):
 
 # Scripts that take long here, and that tests/experiments runs too.
 LONG = ("mnist_quadrants.py", "svhn_vae.py", "linear_gaussian.py", "mnist_cvae.py", "compare.py")
-LONG += ("exact.py", "train.py", "diagnose.py", "mnist_semi.py")
+LONG += ("exact.py", "train.py", "diagnose.py", "certify.py", "mnist_semi.py")
 
 
 def write_own_files(page, directory):
