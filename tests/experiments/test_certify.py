@@ -138,14 +138,17 @@ def test_the_script_ends_with_status_1_where_a_judge_is_broken(monkeypatch, caps
     monkeypatch.setattr("sys.argv", ["certify.py", "--quick", "--no-progress"])
     found = {}  # what the judge says, by a row's own key
 
-    def broken(*args, key, **kwargs):
-        name = tuple(jax.random.key_data(key).tolist())
-        if name not in found:
-            found[name] = right(*args, key=key, **kwargs)
-        return replace(found[name], pointwise=change(found[name].pointwise))
+    def broken(change):
+        def judge(*args, key, **kwargs):
+            name = tuple(jax.random.key_data(key).tolist())
+            if name not in found:
+                found[name] = right(*args, key=key, **kwargs)
+            return replace(found[name], pointwise=change(found[name].pointwise))
 
-    monkeypatch.setattr(judges, "log_likelihood", broken)
+        return judge
+
     for change in (lambda p: p + 0.05, lambda p: -p, lambda p: p * np.nan):
+        monkeypatch.setattr(judges, "log_likelihood", broken(change))
         with pytest.raises(SystemExit) as ended:
             certify.script()
         assert ended.value.code == 1

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import arviz as az
 import jax
@@ -595,13 +593,3 @@ def test_errors_in_the_fit():
     result.info["validation_steps"] = [5]
     with pytest.raises(ValueError, match=r"seed=3, evaluation=1\), .* got \(3, 2\); pass"):
         to_datatree(result)
-
-
-def test_importing_inference_does_not_import_arviz():
-    code = (
-        "import sys, inference.datatree; print({'arviz_base', 'xarray', 'pandas'} & {*sys.modules})"
-    )
-    printed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert printed.stdout.strip() == "set()"
