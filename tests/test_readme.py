@@ -1,6 +1,7 @@
 """README.md and its pages keep their word: Python is executed, commands are executed or checked.
 
-``python`` blocks of a page are one program, executed from top to bottom in an empty directory.
+``python`` blocks of a page are one program, executed from top to bottom in an empty directory. The
+section of ``SLOW_SECTION`` is left out. A slow test executes it after all imports above it.
 
 ``bash`` blocks hold one command a line, and each is executed or checked by the rule of ``check``
 that knows it; so is a command within a sentence, `` `uv sync` ``. An experiment's settings are
@@ -279,11 +280,47 @@ def test_there_are_python_and_commands():
     assert list(read_commands(readme)), "README.md: expected a command, got none"
 
 
+# By page, the heading of a section whose Python takes long. Nothing after it needs it, and it needs
+# nothing above it but what is imported.
+SLOW_SECTION = {"README.md": "## Believing a fit"}
+
+
+def section_of(page):
+    """The section's first line and the one after its last, from 0. Without one, no lines."""
+    lines = PAGES[page].splitlines()
+    if page not in SLOW_SECTION:
+        return len(lines), len(lines)
+    first = lines.index(SLOW_SECTION[page])
+    return first, next(i for i in range(first + 1, len(lines)) if lines[i].startswith("## "))
+
+
+def without_section(page):
+    lines = PAGES[page].splitlines()
+    first, after = section_of(page)
+    return "\n".join([*lines[:first], *[""] * (after - first), *lines[after:]])
+
+
+def section_alone(page):
+    """The section. Above it, of Python there are only the imports."""
+    lines, program = PAGES[page].splitlines(), read_python(PAGES[page]).splitlines()
+    first, after = section_of(page)
+    for i, line in enumerate(program[:first]):
+        if line and not line.startswith(("import ", "from ")):
+            lines[i] = ""
+    return "\n".join(lines[:after])
+
+
 @pytest.mark.parametrize(
     "page", [page for page, text in PAGES.items() if read_python(text).strip()]
 )
 def test_python(page, tmp_path):
-    execute_python(PAGES[page], tmp_path)
+    execute_python(without_section(page), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SLOW_SECTION)
+def test_python_of_a_slow_section(page, tmp_path):
+    execute_python(section_alone(page), tmp_path)
 
 
 # Scripts that take long here, and that tests/experiments runs too.
