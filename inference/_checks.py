@@ -351,10 +351,11 @@ def _axes(site: Site, plates: DataPlates) -> SiteAxes:
 
 def support_check(
     model: Program, guide: Program, params: Mapping[str, Any]
-) -> Callable[[Array, Batch], dict[str, tuple[Array, Array, Array]]]:
+) -> Callable[[Array, Batch], dict[str, tuple[Array, ...]]]:
     """A function that compares a batch's observed values with the supports of their sites.
 
-    It returns, by observed site, how many values lie outside, the least and the greatest. A site
+    It returns, by site, how many values lie outside, the least and the greatest, and whether the
+    site is observed: a latent one may have values that the data tell in part. A site
     is left out if its support depends on parameters, latents or data, or is all real numbers.
     Entries that the site masks out do not count.
 
@@ -363,7 +364,7 @@ def support_check(
         params: the abstract values of their parameters and mutable state.
     """
 
-    def run(params: Any, key: Array, batch: Batch) -> dict[str, tuple[Array, Array, Array]]:
+    def run(params: Any, key: Array, batch: Batch) -> dict[str, tuple[Array, ...]]:
         guide_key, model_key = random.split(key)
         drawn = trace_of(fresh(guide), guide_key, params, **batch)
         draws = {n: s["value"] for n, s in drawn.items() if is_latent(s)}
@@ -375,7 +376,8 @@ def support_check(
             if not site["is_observed"]:
                 value = given_values(site)
                 counted = value != -1  # unknown
-            outside[name] = _outside(site["fn"].support, value, counted)
+            found = _outside(site["fn"].support, value, counted)
+            outside[name] = (*found, jnp.asarray(site["is_observed"]))
         return outside
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), dict(params))
@@ -393,7 +395,7 @@ def _outside(support: Any, value: Any, counted: Array | None) -> tuple[Array, Ar
 
 
 def check_supports(
-    check: Callable[[Array, Batch], dict[str, tuple[Array, Array, Array]]],
+    check: Callable[[Array, Batch], dict[str, tuple[Array, ...]]],
     batches: Any,
     model: Program,
 ) -> None:
@@ -411,14 +413,15 @@ def check_supports(
         found = jax.device_get(check(key, batch))
         if not found:
             return
-        for name, (count, low, high) in found.items():
+        for name, (count, low, high, is_observed) in found.items():
+            remedy = "mend the labels: -1 is unknown, and no other value lies outside"
+            if is_observed:
+                remedy = "rescale or binarise the data (preprocess), or choose another likelihood"
             if count:
                 raise ValueError(
                     f"site {name!r}: expected values in the support of its distribution, got "
                     f"{int(count)} outside in a batch of {len(next(iter(batch.values())))} data, "
-                    f"which range from {low:g} to {high:g}; mend the labels of a latent site (-1 "
-                    f"is unknown), rescale or binarise other data (preprocess), or choose another "
-                    f"likelihood"
+                    f"which range from {low:g} to {high:g}; {remedy}"
                 )
 
 

@@ -167,7 +167,7 @@ def drawing(params):
     """From a key to the toy's log weights."""
     plates = DataPlates(frozenset({"data"}))
     data = {name: jnp.asarray(array) for name, array in DATA.items()}
-    return evaluation._log_weight(*TOY, plates, False, params, data)
+    return evaluation._importance_weights(*TOY, plates, evaluation.Sums(), params, data)
 
 
 def test_memory_does_not_grow_with_the_samples():

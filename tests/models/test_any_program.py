@@ -589,7 +589,7 @@ def on_values(x):
 
 def discrete(x):
     with numpyro.plate("data", len(x)):
-        numpyro.sample("k", dist.Bernoulli(0.5))
+        numpyro.sample("k", dist.Poisson(0.5))
 
 
 def on_a_sphere(x):
@@ -622,7 +622,7 @@ def named(x):
             "model site 'z5': expected the same latent sites for every number of data",
         ),
         (on_values, "model: expected a program that runs on the shapes .* the values of 'x'; comp"),
-        (discrete, "model site 'k': expected a continuous latent site, got one with support Bool"),
+        (discrete, "model site 'k': expected a continuous latent site, or a Categor.* support Int"),
         (
             on_a_sphere,
             "model site 'z': expected a support with a bijection to real numbers, got Sp",

@@ -426,11 +426,11 @@ def test_an_objective_without_sums_is_told_which_can():
     [
         (
             np.array([0, 1, 3, -1, -1]),
-            r"site 'y': expected values .*, got 1 outside .*-1 is unknown",
+            r"site 'y': expected values .*, got 1 outside .*mend the labels",
         ),
         (
             np.array([0, 1, -2, -1, -1]),
-            r"site 'y': expected values .*, got 1 outside .*-1 is unknown",
+            r"site 'y': expected values .*, got 1 outside .*mend the labels",
         ),
         (np.array([0.0, 1, 2, -1, -1]), "y: expected labels as integers, with -1 .* got float"),
     ],
