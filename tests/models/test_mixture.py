@@ -222,6 +222,22 @@ def test_parameters_have_the_shapes_of_the_table(num_latents):
     assert shapes == {name: value.shape for name, value in known.items()}
 
 
+@every_kind
+def test_the_families_of_discrete_sites_draw_what_the_model_does_not_observe(num_latents):
+    model, _, x = make(num_latents)
+    data = {"x": x, "y": LABELS["some"]}
+    latents = {n: s for n, s in abstract_sites(model, **data).items() if n in ("y", "z")}
+    for family in ("mean-field", "structured"):
+        sites = abstract_sites(guides.make(family, model), **data)
+        assert {n for n, s in sites.items() if s["type"] == "sample"} == latents.keys()
+        for name, site in latents.items():
+            assert sites[name]["value"].shape == site["value"].shape
+            assert sites[name]["cond_indep_stack"] == site["cond_indep_stack"]
+    for family in ("low-rank", "full-covariance", "flow"):
+        with pytest.raises(ValueError, match="'y': expected real numbers in the family"):
+            abstract_sites(guides.make(family, model), **data)
+
+
 def test_components_and_seeds_start_different():
     model = mixture.Model(K, (D,), 1)
 
