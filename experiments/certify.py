@@ -4,11 +4,12 @@
     python experiments/certify.py --quick
     python experiments/certify.py --out experiments/certificate.md
 
-**Known parameters.** The problems and the guides of ``experiments/known.py`` have a formula for all
-that a judge measures. Each row of the table is one judge on one problem with one guide. No two rows
-share data or random keys. So their differences, in standard errors, are independent. They are
-standard normal if the judges are right. One Kolmogorov-Smirnov test takes them all. Each of them
-must be at most four, too. A row without noise must equal its formula to rounding.
+**Known parameters.** The problems and the guides of ``experiments/known.py`` and of
+``experiments/known_mixtures.py`` have a formula for all that a judge measures. Each row of the
+table is one judge on one problem with one guide. No two rows share data or random keys. So their
+differences, in standard errors, are independent. They are standard normal if the judges are right.
+One Kolmogorov-Smirnov test takes them all. Each of them must be at most four, too. A row without
+noise must equal its formula to rounding.
 
 **Trained fits.** A few fits of ``experiments/exact.py`` and the toy are trained. A gap by formula
 must be at least the family's least gap and at most a stated bound above it. Sampled numbers must
@@ -37,10 +38,10 @@ import optax
 from scipy import stats
 from tabulate import tabulate
 
-from experiments import exact, runner
+from experiments import exact, judges, runner
 from experiments.compiled import keep_compiled
-from experiments.judges import JUDGES, MOST_ERRORS, Sizes
-from experiments.known import PROBLEMS, PROGRAMS, Trial
+from experiments.judges import JUDGES, MOST_ERRORS, PROBLEMS, PROGRAMS, Sizes
+from experiments.known import Trial
 from experiments.precision import full_precision
 from experiments.settings import check_least, command_line
 from inference import Fit, bracket, diagnose, fit, inference_gap, sbc_power
@@ -63,6 +64,7 @@ QUICK = (
     ("hierarchical", "wide"),
     ("linear-gaussian, labels", "wide"),
     ("linear-gaussian, labels", "exact"),
+    ("mixture, labels", "wide"),
 )
 REPEATS = 2
 SPOILT = 1.2  # times the encoder's numbers
@@ -119,7 +121,7 @@ def trial_of(config: Config, judge: str, problem: str, guide: str, position: int
     name, sizes = f"{judge}/{problem}/{guide}/{position}", config.sizes
     each = sizes.few if PROBLEMS[problem].num_shared else sizes.many
     num_data = {"each": each, "many": sizes.many, "few": sizes.few}[JUDGES[judge].data]
-    return Trial(problem, guide, num_data, [config.seed, zlib.crc32(name.encode())])
+    return judges.trial_of(problem, guide, num_data, [config.seed, zlib.crc32(name.encode())])
 
 
 def row(config: Config, judge: str, problem: str, guide: str, position: int) -> dict[str, Any]:
@@ -258,7 +260,7 @@ def parts_of_gap(
     """
     name = exact.Name.of(label.split(",")[0])
     low, high = rung.least_gap(name, data)
-    gap = rung.gap(exact.normals(fitted, rung.latents, data), data)
+    gap = rung.gap(rung.q(fitted, name.family, data), data)
     found = inference_gap(fitted, data, num_steps=num_steps)
     noise = [
         MOST_ERRORS * float(part.monte_carlo_error[0]) + exact.ROUNDING

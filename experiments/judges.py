@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from experiments.known import PROBLEMS, PROGRAMS, Trial
+from experiments import known, known_mixtures
+from experiments.known import Trial
 from inference import (
     ElboTerms,
     bracket,
@@ -23,12 +24,15 @@ from inference import (
     log_predictive_density,
     pointwise_elbo,
     pointwise_log_likelihood,
+    predict,
     sample_posterior,
     sample_posterior_predictive,
     sample_prior_predictive,
     sbc,
 )
 
+PROBLEMS = known.PROBLEMS | known_mixtures.PROBLEMS
+PROGRAMS = {**known.PROGRAMS, **known_mixtures.PROGRAMS}
 MOST_ERRORS = 4  # standard errors that a number may be away from its formula
 MOST_NOISE = 0.1  # A row with a greater standard error proves nothing. It fails.
 ROUNDING = 32 * float(np.finfo(np.float32).eps)  # of a number without noise, relative
@@ -52,6 +56,17 @@ class Sizes(NamedTuple):
     few: int
     num_keys: int
     num_draws: int
+
+
+def trial_of(problem: str, guide: str, num_data: int, seed: Any) -> Trial:
+    """The trial of a problem and a guide, by their names."""
+    kind = Trial if is_linear(problem, guide) else known_mixtures.MixtureTrial
+    return kind(problem, guide, num_data, seed)
+
+
+def is_linear(problem: str, guide: str) -> bool:
+    """Whether the model is linear and Gaussian, and no mixture."""
+    return problem in known.PROBLEMS
 
 
 # --- one row --------------------------------------------------------------------------------------
@@ -140,30 +155,6 @@ def along(
         return compared((draws @ direction).mean(1), np.mean(mean @ direction))
     squares = ((draws - mean) @ direction) ** 2
     return compared(squares.mean(1), np.mean(direction @ covariance @ direction))
-
-
-def stacked(trial: Trial, values: dict[str, Any], num_data: int) -> np.ndarray:
-    """Latents by site, (seed=1, draw, N, ...), global ones without N, as (draw, N, K)."""
-    parts = []
-    for site in trial.problem.latents:
-        draws = np.asarray(values[site][0], np.float64)
-        draws = draws[:, None] if trial.problem.is_shared(site) else draws
-        draws = draws.reshape(*draws.shape[:2], -1)
-        parts.append(np.broadcast_to(draws, (len(draws), num_data, draws.shape[2])))
-    return np.concatenate(parts, axis=2)
-
-
-def drawn(trial: Trial, num_draws: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """NumPy's draws of the latents: (draw, N, K), and by site as ``sample_posterior`` has them."""
-    mean, covariance = trial.q
-    noise = trial.rng.normal(size=(num_draws, *mean.shape))
-    noise[..., trial.shared] = noise[:, :1, trial.shared]
-    u = (mean + noise @ np.linalg.cholesky(covariance).T).astype(np.float32)
-    sites = {}
-    for name, block in trial.problem.blocks.items():
-        own = u[:, 0, block] if trial.problem.is_shared(name) else u[..., block]
-        sites[name] = own.reshape(1, *own.shape[:-1], *trial.problem.latents[name])
-    return u.astype(np.float64), sites
 
 
 # --- the judges -----------------------------------------------------------------------------------
@@ -265,9 +256,25 @@ def label_row(trial: Trial, sizes: Sizes) -> Compared:
     return compared(np.exp(of_label - trial.given(c=labels).log_p()), 1.0)
 
 
+def predict_row(trial: Trial, sizes: Sizes, by: str) -> Compared:
+    """The probabilities of the labels of a mixture, by the guide or by the model. No noise.
+
+    The number is the mean probability of the first label.
+    """
+    assert isinstance(trial, known_mixtures.MixtureTrial)
+    found = predict(trial.fit, trial.data, key=trial.key, num_samples=NUM_SAMPLES, batch_size=BATCH)
+    formula = trial.untold if by == "by_guide" else trial.posterior()
+    probs = np.asarray(getattr(found, by).probs[0], np.float64)
+    difference = (probs - formula).ravel()
+    worst = float(difference[np.abs(difference).argmax()])
+    return Compared(
+        float(probs[:, 0].mean()), float(formula[:, 0].mean()), worst, bound=2 * ROUNDING
+    )
+
+
 def given_draws_row(trial: Trial, sizes: Sizes) -> Compared:
     """log p(x | z, c) at NumPy's draws."""
-    u, sites = drawn(trial, 10)
+    u, sites = trial.drawn(10)
     found = pointwise_log_likelihood(trial.fit, sites, trial.data)["x"][0]
     return compared(found, trial.log_p_given(u))
 
@@ -275,7 +282,7 @@ def given_draws_row(trial: Trial, sizes: Sizes) -> Compared:
 def posterior_row(trial: Trial, sizes: Sizes, moment: int) -> Compared:
     """Draws from the guide, all sites joined."""
     draws = sample_posterior(trial.fit, trial.data, sizes.num_draws, key=trial.key)
-    return along(trial, stacked(trial, draws, trial.num_data), *trial.q, moment)
+    return along(trial, trial.stacked(draws, trial.num_data), *trial.q, moment)
 
 
 def replicated_row(trial: Trial, sizes: Sizes, moment: int) -> Compared:
@@ -283,7 +290,7 @@ def replicated_row(trial: Trial, sizes: Sizes, moment: int) -> Compared:
     num_draws = sizes.num_draws
     found = sample_posterior_predictive(trial.fit, trial.data, num_draws, key=trial.key)["x"][0]
     draws = np.reshape(found, (num_draws, trial.num_data, -1))
-    return along(trial, draws, *trial.observed(trial.q), moment)
+    return along(trial, draws, *trial.replicated(), moment)
 
 
 def prior_row(trial: Trial, sizes: Sizes, moment: int) -> Compared:
@@ -291,7 +298,7 @@ def prior_row(trial: Trial, sizes: Sizes, moment: int) -> Compared:
     found = sample_prior_predictive(trial.fit, sizes.num_draws, key=trial.key, **trial.conditions)
     num_data = trial.num_data if trial.conditions else 1
     x = np.reshape(found["x"][0], (sizes.num_draws, num_data, -1))
-    draws = np.concatenate([stacked(trial, found, num_data), x], axis=2)
+    draws = np.concatenate([trial.stacked(found, num_data), x], axis=2)
     mean, covariance = trial.joint()
     return along(trial, draws, mean[:num_data], covariance[:num_data], moment)
 
@@ -299,15 +306,14 @@ def prior_row(trial: Trial, sizes: Sizes, moment: int) -> Compared:
 def encode_row(trial: Trial, sizes: Sizes) -> Compared:
     """The mean of each site of the guide that follows no other site."""
     means = {name: values[:, None] for name, values in encode(trial.fit, trial.data).items()}
-    found = stacked(trial, means, trial.num_data)[0]
-    covariance, first = trial.q[1], next(iter(trial.problem.blocks.values()))
-    free = [k for k in range(len(covariance)) if k < first.stop or not covariance[k, first].any()]
-    return compared(found[:, free], trial.q[0][:, free])
+    found = trial.stacked(means, trial.num_data)[0]
+    free, mean = trial.encoding()
+    return compared(found[:, free], mean[:, free])
 
 
 def decode_row(trial: Trial, sizes: Sizes) -> Compared:
     """The mean of x at NumPy's draws of the latents."""
-    u, sites = drawn(trial, 1)
+    u, sites = trial.drawn(1)
     latents = {name: values[:, 0] for name, values in sites.items()}
     found = decode(trial.fit, latents, **trial.conditions)["x"][0]
     return compared(found, trial.mean_given(u)[0])
@@ -417,14 +423,19 @@ def without_globals(problem: str, guide: str) -> bool:
     return not PROBLEMS[problem].num_shared
 
 
-def exact_without_globals(problem: str, guide: str) -> bool:
-    """Whether the guide is the posterior of local latents."""
-    return guide == "exact" and without_globals(problem, guide)
+def continuous(problem: str, guide: str) -> bool:
+    """Whether all latents are local real numbers."""
+    return is_linear(problem, guide) and without_globals(problem, guide)
 
 
-def wide_without_globals(problem: str, guide: str) -> bool:
-    """Whether the guide of local latents is not the posterior. A walk from it has noise."""
-    return guide == "wide" and without_globals(problem, guide)
+def exact_continuous(problem: str, guide: str) -> bool:
+    """Whether the guide is the posterior of such latents."""
+    return guide == "exact" and continuous(problem, guide)
+
+
+def wide_continuous(problem: str, guide: str) -> bool:
+    """Whether the guide of such latents is not the posterior. A walk from it has noise."""
+    return guide == "wide" and continuous(problem, guide)
 
 
 def with_globals(problem: str, guide: str) -> bool:
@@ -437,9 +448,14 @@ def with_locals(problem: str, guide: str) -> bool:
     return "z" in PROBLEMS[problem].latents
 
 
+def normal_locals(problem: str, guide: str) -> bool:
+    """Whether the latents are Normal, and some are local."""
+    return is_linear(problem, guide) and with_locals(problem, guide)
+
+
 def factorises(problem: str, guide: str) -> bool:
     """Whether the local site factorises over its dimensions in guide and prior."""
-    if not with_locals(problem, guide):
+    if not normal_locals(problem, guide):
         return False
     return PROBLEMS[problem].latents["z"] == () or PROGRAMS[problem, guide].factorises
 
@@ -447,6 +463,16 @@ def factorises(problem: str, guide: str) -> bool:
 def with_labels(problem: str, guide: str) -> bool:
     """Whether the condition is a label."""
     return PROBLEMS[problem].num_labels > 0
+
+
+def labels_in_part(problem: str, guide: str) -> bool:
+    """Whether some labels of a mixture are known."""
+    return getattr(PROBLEMS[problem], "has_labels", False)
+
+
+def exact_labels_in_part(problem: str, guide: str) -> bool:
+    """Whether the guide is its posterior: then importance sampling has no noise."""
+    return guide == "exact" and labels_in_part(problem, guide)
 
 
 JUDGES: dict[str, Judge] = {
@@ -476,7 +502,7 @@ JUDGES: dict[str, Judge] = {
         "right (one dimension at random in each row)",
         activity_row,
         "many",
-        with_locals,
+        normal_locals,
     ),
     "log_likelihood": Judge(
         "exp of it is unbiased for p(x | c)", log_likelihood_row, is_defined=without_globals
@@ -487,6 +513,19 @@ JUDGES: dict[str, Judge] = {
     ),
     "label_check": Judge(
         "exp of it is unbiased for p(x | c) under every label", label_row, is_defined=with_labels
+    ),
+    "predict: q(y | x)": Judge(
+        "it is the guide's probability of each label, all labels hidden",
+        partial(predict_row, by="by_guide"),
+        "few",
+        labels_in_part,
+    ),
+    "predict: p(y | x)": Judge(
+        "it is the model's, under the posterior",
+        partial(predict_row, by="by_model"),
+        "few",
+        exact_labels_in_part,
+        is_quick=False,
     ),
     "pointwise_log_likelihood": Judge("it is log p(x | z, c)", given_draws_row, "few"),
     "sample_posterior: mean": Judge(
@@ -516,43 +555,43 @@ JUDGES: dict[str, Judge] = {
     "bracket: below, from the prior": Judge(
         "exp of the bound from below is unbiased for p(x | c)",
         partial(below_row, start="prior"),
-        is_defined=without_globals,
+        is_defined=continuous,
         is_quick=False,
     ),
     "bracket: below, from the guide": Judge(
-        "likewise", partial(below_row, start="guide"), is_defined=wide_without_globals
+        "likewise", partial(below_row, start="guide"), is_defined=wide_continuous
     ),
     "bracket: above, from the prior": Judge(
         "exp of minus the bound from above is unbiased for 1 / p(x | c), on its simulated data",
         partial(above_row, start="prior"),
-        is_defined=without_globals,
+        is_defined=continuous,
         is_quick=False,
     ),
     "bracket: above, from the guide": Judge(
-        "likewise", partial(above_row, start="guide"), is_defined=wide_without_globals
+        "likewise", partial(above_row, start="guide"), is_defined=wide_continuous
     ),
     "sbc: mean": Judge(
         "the place of z among draws of the guide has its mean (one dimension at random)",
         partial(place_row, moment=1),
         "few",
-        without_globals,
+        continuous,
     ),
     "sbc: variance": Judge(
         "it has its second moment about 1/2",
         partial(place_row, moment=2),
         "few",
-        without_globals,
+        continuous,
     ),
     "sbc: coverage": Judge(
         "the guide's central 90 % hold z as often as they must",
         coverage_row,
         "few",
-        without_globals,
+        continuous,
     ),
     "sbc: log_likelihood": Judge(
         "under the posterior, the place of log p(x | z, c) has the mean 1/2",
         density_place_row,
         "few",
-        exact_without_globals,
+        exact_continuous,
     ),
 }

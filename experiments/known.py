@@ -336,18 +336,28 @@ class Trial:
         seed: of the data and of all draws of the trial.
     """
 
+    problems: Mapping[str, Problem] = PROBLEMS
+    programs: Mapping[tuple[str, str], Any] = PROGRAMS
+
     def __init__(self, problem: str, guide: str, num_data: int, seed: Any):
-        self.problem, self.program = PROBLEMS[problem], PROGRAMS[problem, guide]
+        self.problem, self.program = self.problems[problem], self.programs[problem, guide]
         self.rng = np.random.default_rng(seed)
         self.key = random.key(int(self.rng.integers(2**31)))
-        self.num_data, self.data = num_data, self.problem.conditions(self.rng, num_data)
-        self.data["x"] = self._observations()
+        self.num_data = num_data
+        self.data = self.simulated()
+        params = {**self.problem.params, **self.guide_params(guide)}
+        self.fit = Fit.from_params(self.problem.model, self.program, params, example=self.data)
+
+    def simulated(self) -> dict[str, Any]:
+        """Draws the data."""
+        conditions = self.problem.conditions(self.rng, self.num_data)
+        return conditions | {"x": self._observations(conditions)}
+
+    def guide_params(self, guide: str) -> dict[str, Any]:
+        """The numbers of the guide, from the posterior's."""
         self.numbers = GUIDES[guide](self._best())
         root = np.linalg.cholesky(self.numbers.covariance)
-        own = {"slopes": self.numbers.slopes, "intercepts": self.numbers.intercepts, "root": root}
-        self.fit = Fit.from_params(
-            self.problem.model, self.program, {**self.problem.params, **own}, example=self.data
-        )
+        return {"slopes": self.numbers.slopes, "intercepts": self.numbers.intercepts, "root": root}
 
     def keys(self, num_keys: int) -> Any:
         """Random keys."""
@@ -364,12 +374,12 @@ class Trial:
         """The data without x."""
         return {name: array for name, array in self.data.items() if name != "x"}
 
-    def _observations(self) -> np.ndarray:
+    def _observations(self, conditions: Mapping[str, Any]) -> np.ndarray:
         """Draws latents and observations. All data share the noise of the global sites."""
-        p, P = self.problem.prior(self.data, self.num_data)
+        p, P = self.problem.prior(conditions, self.num_data)
         noise = self.rng.normal(size=p.shape)
         noise[:, : self.problem.num_shared] = noise[0, : self.problem.num_shared]
-        F, h = self.problem.likelihood(self.data, self.num_data)
+        F, h = self.problem.likelihood(conditions, self.num_data)
         mean = np.einsum("ndk,nk->nd", F, p + noise @ np.linalg.cholesky(P).T) + h
         x = mean + self.problem.sigma * self.rng.normal(size=mean.shape)
         return self.problem.shaped(x.astype(np.float32))
@@ -382,6 +392,30 @@ class Trial:
         slopes = np.linalg.lstsq(f, mean - center)[0].T
         slopes[: self.problem.num_shared] = 0  # all data have the same mean
         return Numbers(slopes, center - slopes @ self.f.mean(0), covariance)
+
+    # --- draws
+
+    def stacked(self, values: Mapping[str, Any], num_data: int) -> np.ndarray:
+        """Latents by site, (seed=1, draw, N, ...), global ones without N, as (draw, N, K)."""
+        parts = []
+        for site in self.problem.latents:
+            draws = np.asarray(values[site][0], np.float64)
+            draws = draws[:, None] if self.problem.is_shared(site) else draws
+            draws = draws.reshape(*draws.shape[:2], -1)
+            parts.append(np.broadcast_to(draws, (len(draws), num_data, draws.shape[2])))
+        return np.concatenate(parts, axis=2)
+
+    def drawn(self, num_draws: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """NumPy's draws from q: (draw, N, K), and by site as ``sample_posterior`` has them."""
+        mean, covariance = self.q
+        noise = self.rng.normal(size=(num_draws, *mean.shape))
+        noise[..., self.shared] = noise[:, :1, self.shared]
+        u = (mean + noise @ np.linalg.cholesky(covariance).T).astype(np.float32)
+        sites = {}
+        for name, block in self.problem.blocks.items():
+            own = u[:, 0, block] if self.problem.is_shared(name) else u[..., block]
+            sites[name] = own.reshape(1, *own.shape[:-1], *self.problem.latents[name])
+        return u.astype(np.float64), sites
 
     # --- the Normals
 
@@ -423,6 +457,18 @@ class Trial:
         (mean, covariance), (F, h) = latents, self.likelihood
         noise = self.problem.sigma**2 * np.eye(F.shape[1])
         return np.einsum("ndk,nk->nd", F, mean) + h, F @ covariance @ F.swapaxes(1, 2) + noise
+
+    def replicated(self) -> tuple[np.ndarray, np.ndarray]:
+        """Means (N, D) and covariances (N, D, D) of x where u comes from the guide."""
+        return self.observed(self.q)
+
+    def encoding(self) -> tuple[list[int], np.ndarray]:
+        """The dimensions of u that follow no other site of the guide, and the means of all."""
+        (mean, covariance), first = self.q, next(iter(self.problem.blocks.values()))
+        free = [
+            k for k in range(len(covariance)) if k < first.stop or not covariance[k, first].any()
+        ]
+        return free, mean
 
     def new(self) -> tuple[np.ndarray, np.ndarray]:
         """The latents of a new datum: globals from the guide, locals from the prior given them.

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from experiments import certify, exact, judges
-from experiments.known import PROBLEMS, PROGRAMS, Trial, log_normal
+from experiments.known import PROBLEMS, Trial, log_normal
+from experiments.known_mixtures import PROBLEMS as MIXTURES
+from experiments.known_mixtures import MixtureTrial
 from inference import fit, inference_gap
-from models import gaussian_mean, hierarchical_gaussian, linear_gaussian, regression
+from models import gaussian_mean, hierarchical_gaussian, linear_gaussian, mixture, regression
 
 CONFIG = certify.Config(quick=True, progress=False)
 QUICK = {name: known for name, known in judges.JUDGES.items() if known.is_quick}
@@ -49,10 +51,10 @@ def test_every_row_has_data_and_a_key_of_its_own(quick):
 def test_every_judge_has_a_row_on_every_problem_with_an_answer():
     names = certify.Config().names
     assert len(names) == len(set(names)) > 150
-    for problem, guide in PROGRAMS:
+    for problem, guide in judges.PROGRAMS:
         own = {name[0] for name in names if name[1:3] == (problem, guide)}
-        refused = {"label_check"} if not PROBLEMS[problem].num_labels else set()
-        refused |= {"log_likelihood"} if PROBLEMS[problem].num_shared else set()
+        refused = {"label_check"} if not judges.PROBLEMS[problem].num_labels else set()
+        refused |= {"log_likelihood"} if judges.PROBLEMS[problem].num_shared else set()
         assert own >= {name for name in judges.JUDGES if ":" not in name} - refused
         assert not own & refused
 
@@ -82,6 +84,13 @@ def labels(known):
     return replace(known, log_likelihood=np.roll(known.log_likelihood, 1, axis=2))
 
 
+def prediction(known):
+    """Probabilities of the labels in another order."""
+    wrong = {n: getattr(known, n) for n in ("by_guide", "by_model")}
+    wrong = {n: replace(side, probs=np.roll(side.probs, 1, axis=2)) for n, side in wrong.items()}
+    return replace(known, **wrong)
+
+
 def bounds(known):
     """Bounds that are both 0.3 nats too great."""
     wrong = {n: getattr(known, n) for n in ("lower", "upper") if getattr(known, n) is not None}
@@ -101,6 +110,7 @@ BROKEN = {
     "log_likelihood": estimate,
     "log_predictive_density": estimate,
     "label_check": labels,
+    "predict": prediction,
     "pointwise_log_likelihood": by_site,
     "sample_posterior": by_site,
     "sample_posterior_predictive": by_site,
@@ -248,6 +258,38 @@ def test_the_joint_density_is_prior_times_likelihood(problem):
     parts = log_normal(u, p, np.broadcast_to(P, (6, *P.shape))) + trial.log_p_given(u[None])[0]
     joint = log_normal(np.concatenate([u, trial.x], axis=1), mean, covariance)
     np.testing.assert_allclose(joint, parts, rtol=1e-9)
+
+
+def five_errors(draws):
+    """Of a mean over draws. A component may be so rare that no draw has it."""
+    return 5 * (draws.std(0) / np.sqrt(len(draws)) + 1 / len(draws))
+
+
+@pytest.mark.parametrize("guide", ["exact", "wide"])
+@pytest.mark.parametrize("problem", MIXTURES)
+def test_the_formulas_of_a_mixture_agree(problem, guide):
+    """With the model's, with each other, and with the means over NumPy's draws."""
+    trial = MixtureTrial(problem, guide, 12, 3)
+    params, data = trial.problem.params, trial.data
+    known = mixture.log_likelihood(params, **data)
+    np.testing.assert_allclose(trial.log_p(), known, rtol=1e-9)
+    np.testing.assert_allclose(trial.posterior(), mixture.posterior(params, data["x"]), atol=1e-9)
+    if guide == "exact":
+        np.testing.assert_allclose(trial.elbo(), trial.log_p(), atol=1e-9)
+        np.testing.assert_allclose(trial.weights, mixture.posterior(params, **data), atol=1e-9)
+    else:
+        assert trial.elbo().mean() < trial.log_p().mean() - 0.01
+    u, _ = trial.drawn(4_000)
+    for draws, (mean, covariance) in (
+        (u, trial.q),
+        (trial.log_p_given(u)[..., None], (trial.reconstruction()[:, None], None)),
+        (trial.mean_given(u), (trial.replicated()[0], None)),
+    ):
+        assert (np.abs(draws.mean(0) - mean) < five_errors(draws)).all()
+        if covariance is not None:
+            away = draws - mean
+            products = np.einsum("snk,snl->snkl", away, away)
+            assert (np.abs(products.mean(0) - covariance) < five_errors(products)).all()
 
 
 @pytest.mark.slow
