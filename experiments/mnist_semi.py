@@ -71,7 +71,7 @@ WORDS = {
     "term": "M2 with the classifier's term",
 }
 BATCH_SIZE = 200
-NUM_EPOCHS, NUM_STEPS = 20, 1000  # the default length: at least so many of both
+NUM_EPOCHS, NUM_STEPS = 5, 1000  # the default length: at least so many of both
 
 # Test error of MNIST by number of labels, in per cent, and the source.
 PYRO = "Pyro's tutorial on semi-supervised VAEs"
@@ -110,7 +110,7 @@ class Config(Machines):
         label_weight: Weight of the classifier's term, of all labelled images together, against the
             ELBO of an image. The paper has 0.1.
         label_share: Share of labelled images among those that an epoch shows. 0 shows each once.
-        num_epochs: Passes over the training images. Default: 20, or what 1,000 steps take.
+        num_epochs: Passes over the training images. Default: 5, or what 1,000 steps take.
         batch_size: Images per step. Default: 200, or all images if there are fewer.
         learning_rate: Learning rate of Adam at the first step. It falls to zero as a cosine.
         num_samples: Importance samples for log p(x) and log p(x | y).
@@ -137,14 +137,14 @@ class Config(Machines):
     activation: str = "softplus"
     likelihood: str | None = None
     dtype: str = "float32"
-    label_weight: float = 5.0
+    label_weight: float = 10.0
     label_share: float = 0.1
     num_epochs: int | None = None
     batch_size: int | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     num_samples: int = 100
-    num_label_samples: int = 10
-    num_judged: int = 1000
+    num_label_samples: int = 5
+    num_judged: int = 500
     full: bool = False
     seed: int = 0
     out: Path | None = None

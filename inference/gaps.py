@@ -22,6 +22,8 @@ import numpy as np
 import optax
 from jax import random
 from jaxtyping import Array, Float
+from numpyro.infer import TraceEnum_ELBO
+from numpyro.infer.elbo import ELBO
 
 from inference._data import Prepared
 from inference._feeds import put_rows
@@ -30,7 +32,7 @@ from inference._settings import require_whole
 from inference.engine import fit
 from inference.evaluation import BY_DATUM, Estimate, difference, joined, pointwise_elbo
 from inference.evaluation import log_likelihood as importance_sampled
-from inference.fit import Fit
+from inference.fit import Fit, programs_of
 from inference.held import Held
 from inference.objectives import StickingTheLanding
 from inference.sites import HasPerDatum, length, stored_names
@@ -124,8 +126,9 @@ def inference_gap(
 
     The best guide q* of the family is ``result.guide.per_datum(num_data)``, fitted to the judged
     data. Each seed has a fit with its own model held. It starts where its family starts. Adam takes
-    ``num_steps`` steps, each on all data of a batch, along ``StickingTheLanding``. The parameters
-    of the last fifth are averaged. A guide without parameters, such as the prior, is its own q*.
+    ``num_steps`` steps, each on all data of a batch, along ``StickingTheLanding``. With discrete
+    sites that can be summed over it takes ``TraceEnum_ELBO``. The parameters of the last fifth are
+    averaged. A guide without parameters, such as the prior, is its own q*.
 
     Both ELBOs have the same draws, so the noise of their difference is small.
 
@@ -286,6 +289,13 @@ def _blocks(result: Fit, data: Any, judged: Judged, batch_size: int) -> Iterator
         yield Prepared(put_rows(judged.arrays, part, None), source)
 
 
+def _objective(result: Fit, block: Prepared) -> ELBO:
+    """The one with the least noise: discrete sites are summed over."""
+    if programs_of(result, block).enumerated:
+        return TraceEnum_ELBO(NUM_PARTICLES)
+    return StickingTheLanding(NUM_PARTICLES)
+
+
 def _best(result: Fit, seed: int, block: Prepared, key: Array, training: _Training) -> Fit:
     """q* of one seed: the best guide of the family for each datum, with its trace."""
     assert isinstance(result.guide, HasPerDatum)
@@ -300,7 +310,7 @@ def _best(result: Fit, seed: int, block: Prepared, key: Array, training: _Traini
             Held(result.model, held),
             Held(guide, held),  # it may run the model
             block,
-            objective=StickingTheLanding(NUM_PARTICLES),
+            objective=_objective(result, block),
             optimizer=training.optimizer,
             num_steps=training.num_steps,
             average=AVERAGE,
