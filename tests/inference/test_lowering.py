@@ -21,7 +21,8 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from numpyro.infer.elbo import ELBO
 
 import models
 from inference import (
@@ -45,8 +46,10 @@ from models import (
     guides,
     hierarchical_gaussian,
     linear_gaussian,
+    mixture,
     quadrants,
     regression,
+    semi_supervised,
     vae,
 )
 from models.conditions import Labels
@@ -142,8 +145,12 @@ MODELS = {
     "gaussian_mean": gaussian_mean.Model(),
     "hierarchical_gaussian": hierarchical_gaussian.Model(),
     "linear_gaussian": linear_gaussian.Model((4,), 2, Labels(3)),
+    "mixture": mixture.Model(3, (2,), 1),
     "quadrants": quadrants.Model(quadrants.Baseline(SEEN, hidden=(3,)), 2, (3,), (3,)),
     "regression": regression.Model(2),
+    "semi_supervised": semi_supervised.Model(
+        num_classes=3, x_shape=(4, 4), num_latents=2, hidden=(3,)
+    ),
     "vae": vae.Model(
         Labels(3),
         (),
@@ -154,6 +161,11 @@ MODELS = {
         likelihood=Gaussian(),
     ),
 }
+
+
+def objective_of(name: str) -> ELBO:
+    """Discrete sites are summed over."""
+    return TraceEnum_ELBO() if name in ("mixture", "semi_supervised") else Trace_ELBO()
 
 
 def sites(x: Any) -> None:
@@ -174,6 +186,11 @@ def make_data(name: str) -> dict[str, np.ndarray]:
         "gaussian_mean": lambda: {"c": normal(), "x": normal()},
         "hierarchical_gaussian": lambda: {"x": normal()},
         "linear_gaussian": lambda: {"c": labels, "x": normal(4)},
+        "mixture": lambda: {"x": normal(2), "y": labels - 1},
+        "semi_supervised": lambda: {
+            "x": rng.integers(0, 256, (N, 4, 4), dtype=np.uint8),
+            "y": labels - 1,
+        },
         "quadrants": lambda: {"x": rng.integers(0, 256, (N, 4, 4), dtype=np.uint8)},
         "regression": lambda: {"c": normal(2), "x": normal()},
         "vae": lambda: {"c": labels, "x": rng.integers(0, 256, (N, 4, 4, 2), dtype=np.uint8)},
@@ -183,11 +200,11 @@ def make_data(name: str) -> dict[str, np.ndarray]:
 # --- every model and every family of guides -------------------------------------------------------
 
 
-def lower_a_step(model: Any, guide: Any, data: Any) -> None:
+def lower_a_step(model: Any, guide: Any, data: Any, objective: ELBO | None = None) -> None:
     """The first state and one step of NumPyro's own SVI: draws, densities, gradients."""
     prepare, key = preparation(model), jax.random.key(0)
     batch = data if prepare is None else jax.jit(prepare)(key, data)
-    svi = SVI(model, guide, optax.adam(1e-3), Trace_ELBO())
+    svi = SVI(model, guide, optax.adam(1e-3), objective or Trace_ELBO())
     jax.jit(svi.update)(jax.jit(svi.init)(key, **batch), **batch)
 
 
@@ -219,7 +236,7 @@ def test_there_is_a_model_of_every_file():
 )  # the engine's test has it
 def test_a_step_of_every_model_is_for_any_device(name, faults):
     model = MODELS[name]
-    lower_a_step(model, guides.mean_field(model), make_data(name))
+    lower_a_step(model, guides.mean_field(model), make_data(name), objective_of(name))
     assert {"init", "update"} <= faults.keys()
     assert not any(faults.values()), faults
 
@@ -249,7 +266,7 @@ def train(model: Any, guide: Any, data: Any, **settings: Any) -> Fit:
 def lower_the_engine(name: str) -> None:
     """A fit, and all judges and generators that take it."""
     model, data = fresh(MODELS[name]), make_data(name)
-    result = train(model, guides.mean_field(model), data)
+    result = train(model, guides.mean_field(model), data, objective=objective_of(name))
     test = result.prepare(data)
     latents = sample_posterior(result, test)
     if len(latents) == 1:  # no global site
