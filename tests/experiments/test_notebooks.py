@@ -17,6 +17,7 @@ SMALL = {
     "b_swapping_guides": {"num_steps": 20, "num_samples": 5},
     "c_comparing_traces": {"num_steps": 40},
     "e_any_program": {"num_data": 20, "num_steps": 30},
+    "f_few_labels": {"dataset": "digits", "num_labels": 20, "num_epochs": 1, "num_test": 20},
     "d_mnist_cvae": {"dataset": "digits", "num_epochs": 1, "num_test": 20, "num_samples": 8},
 }
 
