@@ -189,7 +189,7 @@ class MixtureTrial(Trial):
     def _moments(
         self, weights: np.ndarray, means: np.ndarray, spreads: np.ndarray
     ) -> tuple[Float[np.ndarray, "N V"], Float[np.ndarray, "N V V"]]:
-        """Means and covariances of (y one-hot, z, x) from those of z in each component."""
+        """Means and covariances of (one-hot y, z, x). Each component has its own of z."""
         p, size = self.values, NUM_COMPONENTS + NUM_LATENTS + NUM_DIMS
         x, mean, second = self._observed(means), 0.0, 0.0
         for k in range(NUM_COMPONENTS):

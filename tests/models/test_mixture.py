@@ -418,7 +418,7 @@ def climbed(params, data):
         return -mixture.log_likelihood(unpack(vector), **data).mean()
 
     start = [*map(np.ravel, (params | {"sigma": np.log(params["sigma"])}).values())]
-    options = {"ftol": 1e-6}  # relative: far below ROOM
+    options = {"ftol": 1e-5}  # relative: far below ROOM
     found = optimize.minimize(loss, np.concatenate(start), method="L-BFGS-B", options=options)
     return unpack(found.x)
 
