@@ -231,7 +231,7 @@ def plot_reliability(prediction: Prediction, num_bins: int = NUM_BINS) -> Figure
         xlim=(0, 1.02),
         ylim=(0, 1.02),
     )
-    axes.legend(loc="upper left", fontsize="small")
+    axes.legend(loc="lower right", fontsize="small")
     return figure
 
 

@@ -41,7 +41,7 @@ from inference import (
 )
 from inference.sites import abstract, array_kinds, is_fixed, trace_of
 from models import guides
-from models.labels import partly_observed
+from models.labels import partly_observed, told
 
 KEY = random.key(0)
 LOC = np.array([-1.0, 0.3, 1.5], np.float32)
@@ -220,6 +220,22 @@ def test_an_event_of_many_switches_is_sampled():
     found = log_likelihood(result, data, num_samples=4000)
     assert (abs(found.pointwise[0] - exact) < 5 * np.sqrt(found.monte_carlo_variance[0])).all()
     assert sample_posterior(result, data, 3)["b"].shape == (1, 3, 5, 12)
+
+
+def test_a_told_distribution_is_sure_where_the_value_is_known():
+    given = jnp.array([[1, -1], [-1, 0]])
+    logits = jnp.array([[0.3, -1.0], [2.0, 0.5]])
+    fn = told(dist.Bernoulli(logits=logits).to_event(1), given).base_dist
+    expected = np.where(given == -1, special.expit(logits), given)
+    np.testing.assert_allclose(fn.probs, expected, rtol=1e-6)
+    values = jnp.arange(2)[:, None, None]
+    assert np.isfinite(fn.log_prob(values)).all()  # an impossible value has no infinite term
+    weights = jnp.tile(logits[..., None], (1, 1, 3)) * jnp.arange(3)
+    fn = told(dist.Categorical(logits=weights), given)
+    expected = np.where(
+        (given == -1)[..., None], special.softmax(weights, -1), given[..., None] == np.arange(3)
+    )
+    np.testing.assert_allclose(fn.probs, expected, rtol=1e-6)
 
 
 # --- draws ----------------------------------------------------------------------------------------

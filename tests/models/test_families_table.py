@@ -66,6 +66,13 @@ def bounded(x):
         numpyro.sample("x", dist.Normal(rate * share * weights[..., 0], 1), obs=x)
 
 
+def discrete(x):
+    with numpyro.plate("data", len(x)):
+        k = numpyro.sample("k", dist.Categorical(jnp.ones(3) / 3))
+        b = numpyro.sample("b", dist.Bernoulli(0.5))
+        numpyro.sample("x", dist.Normal(k + b, 1), obs=x)
+
+
 def with_global(x):
     scale = numpyro.sample("scale", dist.HalfNormal(1.0))
     with numpyro.plate("data", len(x)):
@@ -163,6 +170,7 @@ def found_of(family):
         "positive, bounded and simplex supports": draws(
             guides.make(family, bounded), ("rate", "share", "weights")
         ),
+        "Categorical and Bernoulli sites": draws(guides.make(family, discrete), ("k", "b")),
         "global sites": draws(guides.make(family, with_global), ("scale", "z")),
         "numbers of each datum's own, by `.per_datum(num_data)`": "rows"
         in table.get("encoder", {"value": ()})["value"],
@@ -178,6 +186,7 @@ ORDER = (
     "the entries of one site along a further plate are joint",
     "a site is not Gaussian in unconstrained coordinates",
     "positive, bounded and simplex supports",
+    "Categorical and Bernoulli sites",
     "global sites",
     'global sites are joint, with `globals="full_covariance"`',
     "numbers of each datum's own, by `.per_datum(num_data)`",
