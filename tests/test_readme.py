@@ -310,8 +310,16 @@ def section_alone(page):
     return "\n".join(lines[:after])
 
 
+QUICK_PAGE = "README.md"
+
+
 @pytest.mark.parametrize(
-    "page", [page for page, text in PAGES.items() if read_python(text).strip()]
+    "page",
+    [
+        page if page == QUICK_PAGE else pytest.param(page, marks=pytest.mark.slow)
+        for page, text in PAGES.items()
+        if read_python(text).strip()
+    ],
 )
 def test_python(page, tmp_path):
     execute_python(without_section(page), tmp_path)

@@ -50,6 +50,7 @@ def test_the_bracket_holds_the_exact_value_and_closes_in(rung, start):
     assert widths[-1] < 0.15
 
 
+@pytest.mark.slow
 def test_a_broken_guide_does_not_spoil_the_bound_from_the_prior(rung):
     broken, data = rung.fit(scale=0.3, shift=0.5), rung.data(NUM, seed=4)
     exact = rung.log_likelihood(data)

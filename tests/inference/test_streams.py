@@ -355,6 +355,7 @@ def test_a_saved_run_of_a_stream_is_another_run_with_other_data(small_windows, t
         run(other, checkpoint=tmp_path / "run", num_steps=5)
 
 
+@pytest.mark.slow
 def test_grain_sources_are_sources():
     grain = pytest.importorskip("grain")
     rows = [{"c": C[i], "x": X[i]} for i in range(N)]
@@ -406,11 +407,11 @@ print(peak[0])
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 def test_memory_does_not_grow_with_the_data(tmp_path):
     peaks = []
-    for gigabytes in (0.05, 6):
+    for gigabytes in (0.05, 3):
         path, rows = tmp_path / "x.npy", int(gigabytes * 1e9 / 784)
         np.lib.format.open_memmap(path, "w+", np.uint8, (rows, 28, 28))  # a file of holes
         told = subprocess.run(
             [sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=True
         )
         peaks.append(int(told.stdout))
-    assert peaks[1] - peaks[0] < 1e9
+    assert peaks[1] - peaks[0] < 1e9  # a third of the file

@@ -440,6 +440,7 @@ def one_site(x):
         numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
+@pytest.mark.slow
 def test_what_is_measured_once_is_of_all_data_and_stays(tmp_path):
     """No optimiser moves it, weight decay neither. Every way to keep parameters keeps it.
 

@@ -133,10 +133,10 @@ def total(terms):
 
 CASES = [
     ("two", "structured", "some"),
-    ("nested", "structured", "some"),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
+            ("nested", "structured", "some"),
             ("two", "mean-field", "some"),
             ("two", "structured", "none"),
             ("two", "structured", "all"),
@@ -183,6 +183,7 @@ def test_known_labels_are_in_the_likelihood():
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sites_that_are_not_marked_are_sampled():
     """The guide says nothing of sums: the judges' numbers are right on average."""
     marked = guides.structured(two)
@@ -474,6 +475,7 @@ def test_an_encoder_does_not_see_the_labels():
     np.testing.assert_array_equal(logits[0], logits[2])
 
 
+@pytest.mark.slow
 def test_a_guide_starts_at_the_prior_and_trains_on_labels_of_every_kind():
     """One short fit: labels of all data, of none, and of two classes only, in one batch each."""
     rows = [np.array(m) for m in (*MASKS.values(), [0, -1, 1, -1, 0])]

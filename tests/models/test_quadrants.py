@@ -342,6 +342,7 @@ def test_the_gsnns_objective_is_the_expectation_under_the_prior(exact):
 # --- training -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_frozen_baseline_stays_and_the_others_learn(rng):
     """The baseline is one parameter of the model, by its name."""
     images = {"x": rng.integers(0, 256, (20, 4, 4), dtype=np.uint8)}

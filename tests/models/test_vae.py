@@ -438,6 +438,7 @@ def test_the_elbo_is_below_by_what_the_guide_misses(tiny):
 WHITE, BLACK = 242.5 / 255, 12.5 / 255  # a pixel is this grey, on average
 
 
+@pytest.mark.slow
 def test_the_condition_matters():
     """Label 0 has its left half white, label 1 its right half."""
     rng = np.random.default_rng(0)
