@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from numpyro.infer import Trace_ELBO
 
-from experiments.benchmarks import device, numpyro_examples, scaling, speed
+from experiments.benchmarks import device, numpyro_examples, scaling, semi, speed
 from models import gaussian_mean, guides, vae
 
 GREY = {"x": jnp.full((4, 28, 28), 100, jnp.uint8)}
@@ -131,6 +131,43 @@ def model(data):
     assert table["funnel.py"][-1].startswith("ValueError: data: expected at least one array")
     assert "newer than the script" in table["new.py"][-1]
     assert "no such example" in table["vae.py"][-1]
+
+
+# --- labels for some of the data ------------------------------------------------------------------
+
+
+@pytest.fixture
+def small():
+    return semi.Config(
+        hidden=5, num_latents=3, num_images=8, batch_size=4, supervised_steps=1, enumerated_steps=1
+    )
+
+
+def test_the_sum_over_labels_has_the_arithmetic_of_its_matrices(small):
+    """Nothing but what follows the label is computed for each label."""
+    config = replace(small, hidden=100, num_latents=10)
+    known = semi.trainings(config)
+    pixels, hidden, latents = 784, 100, 10
+    image, inner = 2 * pixels * hidden, 3 * hidden * 2 * latents  # images get no gradient
+    decoder = 3 * hidden * (latents + 10 + pixels)
+    supervised = image + 2 * 10 * hidden + inner + decoder
+    enumerated = 2 * image + 3 * 10 * hidden + 10 * (inner + decoder)
+    for name, products in ((semi.SUPERVISED, supervised), (semi.ENUMERATED, enumerated)):
+        counted = known[name].operations(config.batch_size)
+        assert counted == pytest.approx(2 * config.batch_size * products, rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_labels_runs(small, capsys):
+    semi.main(replace(small, rounds=1))
+    printed = capsys.readouterr().out
+    assert semi.SUPERVISED in printed
+    assert semi.ENUMERATED in printed
+
+
+def test_fewer_images_than_a_batch_are_refused(small):
+    with pytest.raises(ValueError, match="num_images: expected at least 4"):
+        replace(small, num_images=3)
 
 
 # --- several devices ------------------------------------------------------------------------------
