@@ -45,8 +45,8 @@ from models.networks import softplus
 NUM_CLASSES = 10
 SUPERVISED, ENUMERATED = "supervised step", "enumerated step"
 PYRO = {  # by row, what ``semi_pyro.py`` is told
-    "enumerated step, Pyro as in its example": (),
-    "enumerated step, Pyro with the same arithmetic": ("--same-arithmetic",),
+    "enumerated step, Pyro, like its example": (),
+    "enumerated step, Pyro, the same arithmetic": ("--same-arithmetic",),
 }
 
 
