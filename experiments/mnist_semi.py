@@ -512,16 +512,16 @@ def table(result: Mapping[str, Any]) -> str:
                 num_labels,
                 WORDS[row],
                 len(of_row["error"]["per_draw"]),
-                _cell(of_row["error"], 2, 100),
+                _cell(of_row["error"], 2, 100.0),
                 "" if published is None else f"{published:.2f}",
-                *(_cell(of_row.get("error_of_model"), 2, 100),),
+                *(_cell(of_row.get("error_of_model"), 2, 100.0),),
                 *(_cell(of_row.get(n), 3) for n in ("brier_of_guide", "brier_of_model")),
                 *(_cell(of_row.get(n), 2) for n in ("log_p_x", "log_p_x_given_y")),
                 _cell(of_row.get("information"), 2),
             ]
         )
     headers = (
-        "labels", "row", "draws", "error, %", "Pyro's", "of p(y | x), %", "Brier q", "Brier p",
+        "labels", "row", "draws", "error, %", "Pyro's, %", "of p(y | x), %", "Brier q", "Brier p",
         "log p(x)", "log p(x | y)", "label tells",
     )  # fmt: skip
     align = ("right", "left", *["right"] * (len(headers) - 2))
@@ -541,7 +541,7 @@ def table(result: Mapping[str, Any]) -> str:
     )
 
 
-def _cell(found: Mapping[str, Any] | None, digits: int, unit: float = 1) -> str:
+def _cell(found: Mapping[str, Any] | None, digits: int, unit: float = 1.0) -> str:
     if found is None:
         return ""
     words = f"{unit * found['estimate']:.{digits}f}"
@@ -623,7 +623,7 @@ def _errors_by_labels(result: Mapping[str, Any]) -> Figure:
     """Test error by number of labels, each row a line, with the published errors dashed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.5), layout="constrained")
     axes = figure.subplots()
     by_row: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for name, of_row in result["table"].items():
@@ -647,7 +647,7 @@ def _errors_by_labels(result: Mapping[str, Any]) -> Figure:
         ylabel="test error (%)",
         title=f"{result['dataset']}: test error by number of labels; bars are two standard errors",
     )
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 

@@ -144,13 +144,13 @@ class ElboTerms:
     kl: Estimate
     kl_by_site: dict[str, Estimate]
     kl_of_globals: dict[str, Float[np.ndarray, " seed"]]
-    kl_per_dim: dict[str, Float[np.ndarray, "seed N z"]]
-    z_loc: dict[str, Float[np.ndarray, "seed N z"]]
+    kl_per_dim: dict[str, Float[np.ndarray, "seed N _"]]
+    z_loc: dict[str, Float[np.ndarray, "seed N _"]]
 
     @property
     def activity(
         self,
-    ) -> dict[str, tuple[Float[np.ndarray, "seed z"], Float[np.ndarray, "seed z"]]]:
+    ) -> dict[str, tuple[Float[np.ndarray, "seed _"], Float[np.ndarray, "seed _"]]]:
         """By latent site: the variance over data of z_loc, and its standard error."""
         moments = {}
         for name, z_loc in self.z_loc.items():
@@ -159,7 +159,7 @@ class ElboTerms:
         return moments
 
     @property
-    def active(self) -> dict[str, Bool[np.ndarray, "seed z"]]:
+    def active(self) -> dict[str, Bool[np.ndarray, "seed _"]]:
         """By latent site: is that variance above 0.01 (Burda et al. 2016, section 5)?
 
         A guide that ignores a dimension gives every datum the prior's mean. With a learned prior
