@@ -518,11 +518,12 @@ def table(result: Mapping[str, Any]) -> str:
                 *(_cell(of_row.get(n), 3) for n in ("brier_of_guide", "brier_of_model")),
                 *(_cell(of_row.get(n), 2) for n in ("log_p_x", "log_p_x_given_y")),
                 _cell(of_row.get("information"), 2),
+                ", ".join(sorted(set(of_row.get("better", [])))),
             ]
         )
     headers = (
         "labels", "row", "draws", "error, %", "Pyro's, %", "of p(y | x), %", "Brier q", "Brier p",
-        "log p(x)", "log p(x | y)", "label tells",
+        "log p(x)", "log p(x | y)", "label tells", "better",
     )  # fmt: skip
     align = ("right", "left", *["right"] * (len(headers) - 2))
     count = result["num_data"]
@@ -535,7 +536,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"error: the test images whose most probable label is wrong, by q(y | x) where there is a "
         f"guide. ± is the standard error over draws of the labelled images. log p in nats per "
         f"image, of {result['config']['num_judged']} test images at most; the label tells log "
-        f"p(x | y) - log p(x), at most log {result['num_classes']}.\n"
+        f"p(x | y) - log p(x), at most log {result['num_classes']}. better: q or p, by the Brier "
+        f"scores of the draws.\n"
         f"An epoch shows a labelled image (by number of labels) {shown}."
         + (f"\nPyro's: {PYRO}, accuracy from 100 %." if is_mnist else "")
     )
