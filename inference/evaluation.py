@@ -479,7 +479,7 @@ def pointwise_log_likelihood(
 
 def check_draws(
     result: Fit, judged: Judged, draws: Any, num_data: int
-) -> dict[str, Float[np.ndarray, "seed draw ..."]]:
+) -> dict[str, Real[np.ndarray, "seed draw ..."]]:
     """Draws of every latent site of a fit, as arrays.
 
     Raises:

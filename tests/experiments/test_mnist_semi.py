@@ -124,15 +124,13 @@ def test_a_run_has_a_row_for_each_way_and_opens_again(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_labels_help_and_the_term_helps_most(tmp_path):
+def test_labels_help(tmp_path):
     """On digits, with 100 labels: beyond the noise of the test images."""
     config = script.Config(
-        dataset="digits", num_labels=(100,), num_draws=1, rows=("enumerated", "term"),
-        hidden=(100,), num_latents=10, num_samples=10, progress=False, out=tmp_path / "semi",
+        dataset="digits", num_labels=(100,), num_draws=1, rows=("term",), hidden=(100,),
+        num_latents=10, num_samples=10, progress=False, out=tmp_path / "semi",
     )  # fmt: skip
     table = script.main(config)["table"]
-    errors = {row: table[f"{row}-100"]["error"]["estimate"] for row in ("enumerated", "term")}
     noise = 4 * (0.25 / 300) ** 0.5
-    assert errors["term"] < 0.9 - noise  # guessing
-    assert errors["term"] < errors["enumerated"] - noise
+    assert table["term-100"]["error"]["estimate"] < 0.9 - noise  # guessing
     assert table["term-100"]["information"]["estimate"] > 0.5
