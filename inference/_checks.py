@@ -26,6 +26,7 @@ from numpyro.primitives import Messenger
 
 from inference._data import leading_length
 from inference.sites import (
+    UNKNOWN,
     Batch,
     DataPlates,
     Program,
@@ -375,7 +376,7 @@ def support_check(
             value, counted = site["value"], mask_of(site["fn"])
             if not site["is_observed"]:
                 value = given_values(site)
-                counted = value != -1  # unknown
+                counted = value != UNKNOWN
             found = _outside(site["fn"].support, value, counted)
             outside[name] = (*found, jnp.asarray(site["is_observed"]))
         return outside

@@ -236,7 +236,7 @@ def pointwise_elbo(
         ValueError: data that the programs refuse; a model without a plate for its data.
     """
     judged, key = _enter("pointwise_elbo", result, data, key, num_samples, allows_globals=True)
-    judge = compiled(_mean_log_weight, *_programs(result, judged), num_samples)
+    judge = compiled(_mean_log_weight, *programs_and_sums(result, judged), num_samples)
     values = over_data(judge, result, judged, key, batch_size, progress, "ELBO")
     return Estimate("elbo", values, num_samples, judged.described)
 
@@ -265,7 +265,7 @@ def elbo_terms(
             f"{judged.programs.summed[0]!r}, which is summed over and has no divergence of its "
             f"own; use pointwise_elbo or log_likelihood"
         )
-    judge = compiled(_mean_terms, *_programs(result, judged), num_samples)
+    judge = compiled(_mean_terms, *programs_and_sums(result, judged), num_samples)
     found = over_data(judge, result, judged, key, batch_size, progress, "ELBO")
 
     def estimate(name: str, values: Any) -> Estimate:
@@ -310,7 +310,7 @@ def log_likelihood(
     """
     judged, key = _enter("log_likelihood", result, data, key, num_samples)
     num_largest = _tail_length(num_samples) + 1 if num_samples >= FEWEST_FOR_TAIL else 0
-    judge = compiled(_importance, *_programs(result, judged), num_samples, num_largest)
+    judge = compiled(_importance, *programs_and_sums(result, judged), num_samples, num_largest)
     found = over_data(judge, result, judged, key, batch_size, progress, "log p")
     values, variance, largest = found
     pareto_k = None
@@ -363,7 +363,7 @@ def log_predictive_density(
         num_samples, num_local_samples = 1, num_samples * num_local_samples
     shared = tuple(n for n, axes in programs.latents.items() if axes.data_axis is None)
     sizes = num_samples, num_local_samples if len(shared) < len(programs.latents) else 1
-    judge = compiled(_predictive, *_programs(result, judged), shared, *sizes)
+    judge = compiled(_predictive, *programs_and_sums(result, judged), shared, *sizes)
     ratios = np.zeros((result.num_seeds, num_samples))
     seeds = itertools.cycle(range(result.num_seeds))  # in the order in which they are judged
 
@@ -422,7 +422,7 @@ def label_check(
     if "c" not in judged.arrays:
         raise ValueError(f'data: expected labels as "c", got {sorted(judged.arrays)}')
     require_whole("num_classes", num_classes, 1)
-    judge = compiled(_under_labels, *_programs(result, judged), num_classes, num_samples)
+    judge = compiled(_under_labels, *programs_and_sums(result, judged), num_classes, num_samples)
     values = over_data(judge, result, judged, key, batch_size, progress, "log p")
     return LabelCheck(values, np.asarray(judged.arrays["c"]), num_samples, judged.described)
 
@@ -528,7 +528,8 @@ def _enter(
     return judged, default_key(key, name)
 
 
-def _programs(result: Fit, judged: Judged) -> tuple[Program, Program, DataPlates, Sums]:
+def programs_and_sums(result: Fit, judged: Judged) -> tuple[Program, Program, DataPlates, Sums]:
+    """Model, guide, plates of the data and sites to sum over: what a compiled judge begins with."""
     programs = judged.programs
     sums = Sums(bool(programs.summed), programs.enumerated)
     return result.model, result.guide, programs.plates, sums

@@ -35,6 +35,7 @@ from inference._settings import require_whole
 from inference.evaluation import mean
 from inference.fit import Fit, programs_of
 from inference.sites import (
+    UNKNOWN,
     ChecksData,
     DataPlates,
     Program,
@@ -414,7 +415,9 @@ class _Told(Messenger):
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "sample" and given_values(msg) is not None:
             given = given_values(msg)
-            msg["value"] = jnp.where(given == -1, msg["value"], given).astype(msg["value"].dtype)
+            msg["value"] = jnp.where(given == UNKNOWN, msg["value"], given).astype(
+                msg["value"].dtype
+            )
 
 
 class _Modes(Messenger):

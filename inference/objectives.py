@@ -48,6 +48,7 @@ from numpyro.util import check_model_guide_match
 
 from inference._scaling import Derived, Rescale
 from inference.sites import (
+    UNKNOWN,
     DataPlates,
     Program,
     Site,
@@ -692,7 +693,7 @@ class LabelTerm(Derived):
 def _log_q_of_labels(site: Site) -> Array:
     """The sum over labelled data of log q(y | x, c), before q is told."""
     given, fn = given_values(site), site["infer"]["untold"]
-    is_known = given >= 0
+    is_known = given != UNKNOWN
     log_q = base(fn).log_prob(jnp.where(is_known, given, 0))
     scale = 1.0 if site["scale"] is None else site["scale"]
     return scale * jnp.where(is_known, log_q, 0.0).sum()

@@ -31,16 +31,23 @@ from inference._judges import (
 from inference._settings import require_whole
 from inference._streams import Stream
 from inference._summation import Sums, joint_values, log_weights
-from inference.evaluation import Estimate, importance_sample
+from inference.evaluation import Estimate, importance_sample, programs_and_sums
 from inference.fit import Fit
-from inference.sites import DataPlates, Program, given_sources, length, num_values, trace_of
+from inference.sites import (
+    UNKNOWN,
+    DataPlates,
+    Program,
+    given_sources,
+    length,
+    num_values,
+    trace_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 else:  # a second to import
     Figure = Any
 
-UNKNOWN = -1
 NUM_BINS = 10  # of a reliability diagram
 
 
@@ -183,9 +190,7 @@ def predict(
     require_local(judged, "predict")
     require_whole("num_samples", num_samples, 1)
     _check_summed(judged, site)
-    statics = result.model, result.guide, judged.programs.plates
-    sums = Sums(bool(judged.programs.summed), judged.programs.enumerated)
-    judge = compiled(_label_weights, *statics, sums, site, num_samples)
+    judge = compiled(_label_weights, *programs_and_sums(result, judged), site, num_samples)
     key = default_key(key, "predict")
     log_q, log_p = over_data(judge, result, judged, key, batch_size, progress)
 

@@ -29,6 +29,7 @@ Program = Callable[..., Any]
 Batch = Mapping[str, Any]
 PRIOR_DRAWS = 200  # of each latent site, to see where it lies
 PRIOR_DATA = 20  # data that they are drawn for
+UNKNOWN = -1  # a value of a latent site that the data do not tell
 Site = dict[str, Any]  # what NumPyro calls a message: one `sample`, `plate`, `param`, ...
 
 

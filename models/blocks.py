@@ -259,7 +259,7 @@ class DiscreteBlock(Block):
 
     def start(self, draws: Array) -> dict[str, Array]:
         """The logits of the prior, from how often each value is drawn; a spread of 1."""
-        one_hot = jax.vmap(lambda value: self._one_hot(value, self.num_values))(draws)
+        one_hot = jax.vmap(self._one_hot)(draws)
         one_hot = one_hot.reshape(-1, *one_hot.shape[2:])
         shape = (*self.plates, *self.site.shape, self.num_values)
         count = one_hot.sum(0).reshape(shape)
@@ -270,13 +270,13 @@ class DiscreteBlock(Block):
 
     def seen(self, value: Array, start: "Start") -> Float[Array, "*axes size"]:
         """One-hot, or 0 and 1."""
-        one_hot = self._one_hot(value, self.num_values)
+        one_hot = self._one_hot(value)
         if self.is_boolean:
             one_hot = one_hot.reshape(*one_hot.shape[:-1], -1, 2)[..., 1]
         return one_hot
 
-    def _one_hot(self, value: Array, num: int) -> Array:
-        one_hot = jax.nn.one_hot(value.astype(int), num)
+    def _one_hot(self, value: Array) -> Array:
+        one_hot = jax.nn.one_hot(value.astype(int), self.num_values)
         first = self.data_first(one_hot, len(self.site.shape) + 1)
         return first.reshape(*first.shape[: first.ndim - len(self.site.shape) - 1], -1)
 

@@ -59,7 +59,7 @@ from models import vae
 from models.conditions import check_given
 from models.densities import Folded
 from models.labels import UNKNOWN, check_integers, partly_observed, told, told_of
-from models.networks import MLP, Activation, Decoder, Encoder, check_images, network, positive
+from models.networks import MLP, Activation, Encoder, check_images, network, positive
 
 # --- networks -------------------------------------------------------------------------------------
 
@@ -162,18 +162,10 @@ class Model(vae.Model):
         """
         return Blind(super().encoder(num_outputs, hidden=hidden, rngs=rngs))
 
-    def _decoder(self, rngs: nnx.Rngs) -> Decoder:
-        return Decoder(
-            self.num_latents + self.num_classes,
-            self.hidden,
-            self.x_shape,
-            num_outputs=self.likelihood.num_outputs,
-            channels=self.channels,
-            condition=self.condition,
-            activation=self.activation,
-            dtype=self.dtype,
-            rngs=rngs,
-        )
+    @property
+    def _num_codes(self) -> int:
+        """z, and the one-hot label."""
+        return self.num_latents + self.num_classes
 
     def _x_given(self, y: Array, z: Array, c: Any) -> dist.Distribution:
         """p(x | y, z, c). An objective that sums over y asks for all labels at once."""

@@ -167,9 +167,14 @@ class Model:
             rngs=rngs,
         )
 
+    @property
+    def _num_codes(self) -> int:
+        """How many numbers the decoder takes beside the condition."""
+        return self.num_latents
+
     def _decoder(self, rngs: nnx.Rngs) -> Decoder:
         return Decoder(
-            self.num_latents,
+            self._num_codes,
             self.hidden,
             self.x_shape,
             num_outputs=self.likelihood.num_outputs,
