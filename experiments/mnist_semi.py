@@ -94,7 +94,7 @@ class Config(Machines):
         data_dir: Directory with the data set's files, compressed or not, to read offline.
         num_train: Number of training images, the first ones. Default: all.
         num_test: Number of test images, the first ones. Default: all.
-        num_labels: Numbers of labelled images to compare. As many of each label, but for one.
+        num_labels: Numbers of labelled images to compare. Labels differ by one image at most.
         num_draws: Draws of the labelled images, for the rows classifier, m1 and term.
         num_plain_draws: Draws of the labelled images, for the rows plain and enumerated.
         rows: Rows of the table: classifier, m1, plain, enumerated and term.

@@ -241,7 +241,7 @@ def plot_reliability(prediction: Prediction, num_bins: int = NUM_BINS) -> Figure
 
 
 def _seeds_together(found: LabelProbabilities) -> LabelProbabilities:
-    """The data of all seeds as those of one."""
+    """All seeds as one seed with more data."""
     num_seeds, _, num_labels = found.probs.shape
     probs = found.probs.reshape(1, -1, num_labels)
     labels = np.tile(found.labels, num_seeds)
