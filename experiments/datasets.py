@@ -1,9 +1,10 @@
-"""Data to train on: MNIST, SVHN, scikit-learn's digits, or a user's own .npy, .npz or .csv file.
+"""Data to train on: public images by name, or a user's own .npy, .npz or .csv file.
 
-They are images or a table: a vector of numbers for each datum. An .npy file larger than half of
-the memory stays on the disk, and its rows are read when they are needed. No file and no mirror is
-trusted. MNIST's and SVHN's files must have the right SHA-256. No pickle is loaded, and no header is
-given more memory than the file fills. A bad file is a ``DatasetError``.
+The names are those in ``SOURCES``, such as mnist, and digits, which scikit-learn brings. Data are
+images or a table: a vector of numbers for each datum. An .npy file larger than half of the memory
+stays on the disk, and its rows are read when they are needed. No file and no mirror is trusted. The
+files of public data sets must have the right SHA-256. No pickle is loaded, and no header is given
+more memory than the file fills. A bad file is a ``DatasetError``.
 """
 
 import contextlib
@@ -32,24 +33,6 @@ if TYPE_CHECKING:
 else:  # slow to import
     Stream = Any
 
-MIRRORS = {
-    "mnist": (
-        "https://storage.googleapis.com/cvdf-datasets/mnist/{}.gz",
-        "https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
-    ),
-    "svhn": ("http://ufldl.stanford.edu/housenumbers/{}",),
-}
-MNIST = {  # the SHA-256 of each file, not compressed
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
-SVHN = {
-    "train_32x32.mat": "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
-    "test_32x32.mat": "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
-}
-SOURCES = {"mnist": MNIST, "svhn": SVHN}  # first the training set's files, then as many for testing
 MAX_BYTES = 2**28  # none of these files is larger
 PIECE_BYTES = 2**25  # what is looked at together: this bounds the memory of the checks
 HEADER_BYTES = 2**16  # the longest header of an .npy file that is not loaded
@@ -78,6 +61,10 @@ class DatasetError(ValueError):
 
 class _NotToBeHadError(DatasetError):
     """The files are not there, and no mirror gives them."""
+
+
+class _OfAnotherError(DatasetError):
+    """The file belongs to another data set."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +107,7 @@ class Dataset:
     """Images or vectors ``x`` and, if there are any, their labels ``c``.
 
     Attributes:
-        name: mnist, svhn, digits or the file's name.
+        name: the name given to ``load``, or the file's name.
         train: ``x``, images (N, H, W) or (N, H, W, C), uint8 or float32 in [0, 1], or a table
             (N, D), any float32; ``c``, (N,), int32. A stream, if the file is too large to load.
         validation: the same, held out of the training set; None if nothing was.
@@ -164,8 +151,12 @@ def load(
     """Loads a data set. It is split the same way every time.
 
     Args:
-        name: ``mnist``; ``svhn``, the Street View House Numbers of Netzer et al. 2011, cropped to
-            32 x 32 pixels in colour; ``digits``, the 1,797 images of 8 x 8 pixels in scikit-learn;
+        name: ``mnist``; ``static-mnist``, the images of MNIST that Larochelle & Murray 2011
+            binarised once and for all, without labels, as uint8, 0 or 255. The file has the test
+            images sorted by digit, and they are shuffled here; ``fashion-mnist``, clothes in
+            MNIST's format (Xiao, Rasul & Vollgraf 2017); ``svhn``, the Street View House Numbers of
+            Netzer et al. 2011, cropped to 32 x 32 pixels in colour; ``digits``, the 1,797 images of
+            8 x 8 pixels in scikit-learn;
             ``auto``, MNIST if it can be had, else the digits and a notice on standard error; or
             the path of an .npy, .npz or .csv file. An .npy file holds images, (N, H, W) or
             (N, H, W, C), as uint8, bool or floats in [0, 1], or a table, (N, D), of any finite
@@ -175,11 +166,14 @@ def load(
             with commas between. The column named c or label holds labels, the others are ``x``.
             Without ``x_test``, a sixth of ``x`` is the test set. An .npy file larger than half of
             the memory is not loaded: its rows are read when they are needed.
-        data_dir: the directory of MNIST's four files or SVHN's two, compressed by gzip or not.
-            They may lie in its subdirectory mnist or svhn. By default they come from the directory
-            in the environment variable GUIDEBOOK_DATA, the user's cache or the network.
-        num_validation: how many training data to hold out. By default the last 10,000 of MNIST
-            or SVHN, 300 of the digits, a tenth of a file's. The test set does not depend on it.
+        data_dir: the directory of the data set's files, compressed by gzip or not. They may lie in
+            its subdirectory of the data set's name, as fashion-mnist or fashion_mnist, which comes
+            first. By default they come from the directory in the environment variable
+            GUIDEBOOK_DATA, the user's cache or the network. In the variable's directory, files of
+            the same names that belong to another data set are passed over.
+        num_validation: how many training data to hold out. By default 300 of the digits, a tenth of
+            a file's, and the last 10,000 of the others. The last 10,000 of static-mnist are
+            Larochelle & Murray's validation set. The test set does not depend on it.
         progress: whether to show a download on a terminal.
 
     Raises:
@@ -344,7 +338,7 @@ def _dataset(
     if not 0 <= num_validation <= most:
         expected = f"0 to {most}, fewer than there are {rows} to train on"
         raise ValueError(f"num_validation: expected {expected}, got {num_validation}")
-    order = np.arange(num_data)[::-1]  # MNIST's and SVHN's last images are held out
+    order = np.arange(num_data)[::-1]  # the last images of a public data set are held out
     if name not in SOURCES:
         order = np.random.default_rng(0).permutation(num_data)
     drawn = [
@@ -356,37 +350,24 @@ def _dataset(
     return Dataset(name, train, validation or None, test, 1 + max(largest) if largest else None)
 
 
-def _from_source(name: str, data_dir: str | Path | None, progress: bool) -> Arrays:
-    arrays, mirrors, paths = {}, [*MIRRORS[name]], {}
-    if directory := os.environ.get("GUIDEBOOK_DATA") if data_dir is None else str(data_dir):
-        place = Path(directory).expanduser()
-        paths = {  # a later one wins
-            file: path
-            for file in SOURCES[name]
-            for folder in (place / name, place)
-            for stem in (file.replace("-idx", ".idx"), file)
-            for end in (".gz", "")
-            if os.path.lexists(path := folder / f"{stem}{end}")
-        }
-    if data_dir is not None:
-        expected = f"{name}'s files (.gz or not, -idx or .idx) in {data_dir} or its folder {name}"
-        missing = ", ".join(f"no {file}" for file in SOURCES[name] if file not in paths)
-        _require(not missing, "data_dir", expected, missing, "give the directory that holds them")
-    for file, sha256 in SOURCES[name].items():
-        path = paths.get(file) or _fetch(name, file, mirrors, progress)
-        content = _read(path, path, file, MAX_BYTES, sha256)
-        end = "" if file.startswith("train") else "_test"
-        with _refusing(path, f"the arrays of {name}"):
-            if name == "svhn":
-                arrays[f"x{end}"], arrays[f"c{end}"] = _read_mat(content)
-            else:  # IDX: the fourth byte is the number of axes; the shape and the array follow
-                shape = np.frombuffer(content, ">u4", content[3], offset=4)
-                array = np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
-                arrays[f"{'c' if array.ndim == 1 else 'x'}{end}"] = array
-    return arrays
+# --- public data sets -----------------------------------------------------------------------------
 
 
-def _read_mat(content: bytes) -> tuple[UInt8[np.ndarray, "N 32 32 3"], Int32[np.ndarray, " N"]]:
+def _read_idx(content: bytes) -> Arrays:
+    """Reads a file of MNIST: images, (N, H, W), or labels, (N,)."""
+    # The fourth byte is the number of axes. The shape and the array follow.
+    shape = np.frombuffer(content, ">u4", content[3], offset=4)
+    array = np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+    return {"c" if array.ndim == 1 else "x": array}
+
+
+def _read_amat(content: bytes) -> Arrays:
+    """Reads binary images written as text: a line of 784 digits, with blanks between, for each."""
+    characters = np.frombuffer(content, np.uint8).reshape(-1, 28, 28, 2)  # a digit, a separator
+    return {"x": characters[..., 0] == ord("1")}
+
+
+def _read_mat(content: bytes) -> Arrays:
     """Reads an SVHN file: images X, (32, 32, 3, N), and labels y, (N, 1). Label 10 is digit 0."""
     from scipy.io import loadmat  # takes a moment
 
@@ -396,24 +377,141 @@ def _read_mat(content: bytes) -> tuple[UInt8[np.ndarray, "N 32 32 3"], Int32[np.
     if not (is_right and np.isin(y, range(1, 11)).all()):
         got = f"{x.dtype} {x.shape} and {y.dtype} {y.shape} of {np.unique(y)}"
         raise ValueError(f"X and y: expected uint8 (32, 32, 3, N) and (N, 1) of 1 to 10, got {got}")
-    return np.moveaxis(x, 3, 0), (y[:, 0] % 10).astype(np.int32)
+    return {"x": np.moveaxis(x, 3, 0), "c": (y[:, 0] % 10).astype(np.int32)}
 
 
-def _fetch(name: str, file: str, mirrors: list[str], progress: bool) -> Path:
+@dataclass(frozen=True)
+class Source:
+    """A public data set.
+
+    Attributes:
+        sums: the SHA-256 of each file, not compressed. If two files hold training images, those of
+            the first come first.
+        test: what the names of the test set's files begin with. The others are for training.
+        read: gives the arrays that a file holds, ``x``, ``c`` or both.
+        mirrors: addresses of the files, with {} for a file's name.
+        is_sorted: whether the test images lie sorted by class. They are then shuffled once and for
+            all, so that the first ones are like the others.
+    """
+
+    sums: dict[str, str]
+    test: str
+    read: Callable[[bytes], Arrays]
+    mirrors: tuple[str, ...]
+    is_sorted: bool = False
+
+
+MNIST = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+STATIC = {
+    "binarized_mnist_train.amat": (
+        "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d"
+    ),
+    "binarized_mnist_valid.amat": (
+        "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2"
+    ),
+    "binarized_mnist_test.amat": "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
+}
+FASHION = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+SVHN = {
+    "train_32x32.mat": "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
+    "test_32x32.mat": "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
+}
+SOURCES = {
+    "mnist": Source(
+        MNIST,
+        "t10k",
+        _read_idx,
+        (
+            "https://storage.googleapis.com/cvdf-datasets/mnist/{}.gz",
+            "https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
+        ),
+    ),
+    "static-mnist": Source(
+        STATIC,
+        "binarized_mnist_test",
+        _read_amat,
+        ("http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/{}",),
+        is_sorted=True,
+    ),
+    "fashion-mnist": Source(
+        FASHION,
+        "t10k",
+        _read_idx,
+        (
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/{}.gz",
+            "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/{}.gz",
+            "https://storage.googleapis.com/tensorflow/tf-keras-datasets/{}.gz",
+        ),
+    ),
+    "svhn": Source(SVHN, "test", _read_mat, ("http://ufldl.stanford.edu/housenumbers/{}",)),
+}
+
+
+def _from_source(name: str, data_dir: str | Path | None, progress: bool) -> Arrays:
+    source, paths, arrays = SOURCES[name], {}, {}
+    mirrors = [*source.mirrors]
+    folders = [*dict.fromkeys((name.replace("-", "_"), name))]
+    if directory := os.environ.get("GUIDEBOOK_DATA") if data_dir is None else str(data_dir):
+        place = Path(directory).expanduser()
+        paths = {  # a later one wins
+            file: path
+            for file in source.sums
+            for folder in (place, *(place / folder for folder in folders))
+            for stem in (file.replace("-idx", ".idx"), file)
+            for end in (".gz", "")
+            if os.path.lexists(path := folder / f"{stem}{end}")
+        }
+    if data_dir is not None:
+        expected = f"{name}'s files (.gz or not) in {data_dir} or its folder {' or '.join(folders)}"
+        missing = ", ".join(f"no {file}" for file in source.sums if file not in paths)
+        _require(not missing, "data_dir", expected, missing, "give the directory that holds them")
+    for file in source.sums:
+        content, failures = None, []
+        if path := paths.get(file):
+            try:
+                content = _read_source(path, path, name, file)
+            except _OfAnotherError as error:
+                if data_dir is not None or path.parent.name in folders:
+                    raise
+                failures = [str(error)]
+        if content is None:
+            path = _fetch(name, file, mirrors, failures, progress)
+            content = _read_source(path, path, name, file)
+        end = "_test" if file.startswith(source.test) else ""
+        with _refusing(path, f"the arrays of {name}"):
+            for key, array in source.read(content).items():
+                if end and source.is_sorted:
+                    array = np.random.default_rng(0).permutation(array)
+                arrays.setdefault(f"{key}{end}", []).append(array)
+    return {key: np.concatenate(some) if some[1:] else some[0] for key, some in arrays.items()}
+
+
+def _fetch(name: str, file: str, mirrors: list[str], failures: list[str], progress: bool) -> Path:
     """Gives a file's path in the user's cache, and downloads the file if it is missing or bad.
 
-    A mirror that fails goes to the end of ``mirrors``. The next file tries it last.
+    A mirror that fails goes to the end of ``mirrors``. The next file tries it last. ``failures``
+    says what was tried before.
     """
-    sha256, path, failures = SOURCES[name][file], pooch.os_cache("guidebook") / name / file, []
+    sha256, path = SOURCES[name].sums[file], pooch.os_cache("guidebook") / name / file
 
     def download(url: str, output_file: str, _: object) -> None:
         show = progress and sys.stderr.isatty()
         client = pooch.HTTPDownloader(progressbar=show, chunk_size=2**16, timeout=TIMEOUT)
         client(url, output_file, None)
-        Path(output_file).write_bytes(_read(output_file, url, file, MAX_BYTES, sha256))
+        Path(output_file).write_bytes(_read_source(output_file, url, name, file))
 
     pooch.get_logger().setLevel("WARNING")
-    for _ in MIRRORS[name]:
+    for _ in SOURCES[name].mirrors:
         url = mirrors[0].format(file)
         try:
             pooch.retrieve(url, sha256, file, path.parent, downloader=download)
@@ -658,27 +756,36 @@ def _labels(c: np.ndarray, what: str, x: np.ndarray) -> Int32[np.ndarray, " N"]:
     return c.astype(np.int32)
 
 
-def _read(
-    path: str | Path, what: object, expected: str, max_bytes: int, sha256: str | None = None
-) -> bytes:
-    """What a file holds. With a SHA-256 it is unpacked, and must have that sum."""
+def _read(path: str | Path, what: object, expected: str, max_bytes: int) -> bytes:
+    """What a file holds."""
     got = "a directory" if os.path.isdir(path) else "no file there"
     _require(os.path.isfile(path), what, expected, got, "give the path of a file")
     size, most = os.path.getsize(path), f"at most {max_bytes:,} bytes"
     _require(size <= max_bytes, what, most, f"{size:,}", _remedy(path))
     with _refusing(what, expected):
-        content = Path(path).read_bytes()
-        if sha256 is None:
-            return content
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(max_bytes + 1)
-            _require(len(content) <= max_bytes, what, most, "more")
+        return Path(path).read_bytes()
+
+
+def _read_source(path: str | Path, what: object, name: str, file: str) -> bytes:
+    """What a file of a public data set holds. It is unpacked, and must have the right SHA-256."""
+    sha256, expected = SOURCES[name].sums[file], f"{name}'s {file}"
+    content = _read(path, what, expected, MAX_BYTES)
+    if content.startswith(b"\x1f\x8b"):
+        with _refusing(what, expected):
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_BYTES + 1)
+        _require(len(content) <= MAX_BYTES, what, f"at most {MAX_BYTES:,} bytes", "more")
     found = hashlib.sha256(content).hexdigest()
-    files = {value: file for sums in SOURCES.values() for file, value in sums.items()}
+    if found == sha256:
+        return content
+    of = {value: (n, f) for n, source in SOURCES.items() for f, value in source.sums.items()}
+    other, known = of.get(found, (name, None))
     kind = {b"": "an empty file", b"<": "a web page"}.get(content[:1], "other content")
-    got = f"{files.get(found, kind)} ({len(content):,} bytes, {found})"
-    _require(found == sha256, what, f"{expected} with SHA-256 {sha256}", got)
-    return content
+    kind = f"{other}'s {known}" if known else kind
+    got = f"{kind} ({len(content):,} bytes, {found})"
+    expected = f"{what}: expected {expected} with SHA-256 {sha256}, got {got}"
+    if other != name:
+        raise _OfAnotherError(f"{expected}; give {name}'s files, or --dataset {other}")
+    raise DatasetError(f"{expected}; {ANEW}")
 
 
 def _remedy(path: str | Path) -> str:

@@ -113,9 +113,15 @@ def _nothing_of_the_users(tmp_path, monkeypatch, nobody):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setenv("NO_PROXY", "*")
     refusing = (f"{nobody}{{}}.gz", f"{nobody}too/{{}}.gz")
-    monkeypatch.setattr(datasets, "MIRRORS", dict.fromkeys(datasets.MIRRORS, refusing))
+    for name in datasets.SOURCES:
+        set_mirrors(name, refusing, monkeypatch)
     monkeypatch.setattr(datasets, "half_of_memory", lambda: 10**9)
     monkeypatch.setattr(datasets, "MAX_BYTES", 2**20)
+
+
+def set_mirrors(name, mirrors, monkeypatch):
+    source = dataclasses.replace(datasets.SOURCES[name], mirrors=mirrors)
+    monkeypatch.setitem(datasets.SOURCES, name, source)
 
 
 def count_as(table, contents, monkeypatch):
@@ -123,15 +129,15 @@ def count_as(table, contents, monkeypatch):
         monkeypatch.setitem(table, name, hashlib.sha256(content).hexdigest())
 
 
-def as_mnist(x, x_test, monkeypatch):
-    """Four files that count as MNIST, by name."""
+def as_mnist(x, x_test, monkeypatch, table=datasets.MNIST):
+    """Four files that count as MNIST, or as Fashion-MNIST, by name."""
     contents = {
         TRAIN_X: idx(x),
         TRAIN_C: idx(np.arange(len(x)) % 10),
         TEST_X: idx(x_test),
         TEST_C: idx(np.arange(len(x_test)) % 10),
     }
-    count_as(datasets.MNIST, contents, monkeypatch)
+    count_as(table, contents, monkeypatch)
     return contents
 
 
@@ -210,7 +216,7 @@ def serving(files):
 @pytest.fixture
 def mirrors(small, monkeypatch):
     with serving({f"{name}.gz": packed(content) for name, content in small.items()}) as server:
-        monkeypatch.setitem(datasets.MIRRORS, "mnist", server.urls(".gz"))
+        set_mirrors("mnist", server.urls(".gz"), monkeypatch)
         yield server
 
 
@@ -295,8 +301,10 @@ def test_a_bad_file_is_an_error_and_takes_no_memory(placed, kind):
 def test_a_file_of_another_kind_names_both(placed, small):
     right, found = (datasets.MNIST[name] for name in (TRAIN_X, TEST_X))
     write(placed / TRAIN_X, packed(small[TEST_X]))
-    expected = f"/{TRAIN_X}: expected {TRAIN_X} with SHA-256 {right}, got {TEST_X} .*{found}"
-    with pytest.raises(DatasetError, match=expected):
+    expected = (
+        f"/{TRAIN_X}: expected mnist's {TRAIN_X} with SHA-256 {right}, got mnist's {TEST_X} .*"
+    )
+    with pytest.raises(DatasetError, match=f"{expected}{found}.; get the file anew"):
         load_small(data_dir=placed)
 
 
@@ -429,8 +437,7 @@ def test_a_directory_without_the_files_names_them(tmp_path, small):
             load(kind, data_dir=tmp_path)
         message = str(caught.value)
         assert f"got no {TRAIN_C}, no {TEST_X}, no {TEST_C}; give" in message
-        for word in (f"{tmp_path} or its folder mnist", ".gz", ".idx"):
-            assert word in message
+        assert f"mnist's files (.gz or not) in {tmp_path} or its folder mnist, got" in message
 
 
 @pytest.mark.parametrize("by", ["argument", "environment"])
@@ -480,13 +487,13 @@ def test_the_cache_works_offline_and_is_where_xdg_says(
     tmp_path, small, mirrors, monkeypatch, nobody
 ):
     load_small()
-    here = datasets.MIRRORS["mnist"]
-    monkeypatch.setitem(datasets.MIRRORS, "mnist", (f"{nobody}{{}}",))
+    here = datasets.SOURCES["mnist"].mirrors
+    set_mirrors("mnist", (f"{nobody}{{}}",), monkeypatch)
     require_small(load_small(), small)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     with pytest.raises(DatasetError):
         load_small()
-    monkeypatch.setitem(datasets.MIRRORS, "mnist", here)
+    set_mirrors("mnist", here, monkeypatch)
     require_small(load_small(), small)
     assert len(list((tmp_path / "elsewhere" / "guidebook" / "mnist").iterdir())) == 4
 
@@ -524,7 +531,7 @@ def test_a_bad_mirror_is_passed_over_and_leaves_nothing(small, mirrors, cache, k
     mirrors.answers[f"/two/{TRAIN_X}.gz"] = answer
     with pytest.raises(DatasetError) as caught:
         load_small()
-    one, two = (url.format(TRAIN_X) for url in datasets.MIRRORS["mnist"])
+    one, two = (url.format(TRAIN_X) for url in datasets.SOURCES["mnist"].mirrors)
     message = str(caught.value)
     assert message.index(TRAIN_X) < message.index(one) < message.index(two)
     assert len(list(re.finditer(got, message))) == 2
@@ -534,7 +541,7 @@ def test_a_bad_mirror_is_passed_over_and_leaves_nothing(small, mirrors, cache, k
 
 
 def test_an_unreachable_mirror_is_passed_over(small, mirrors, monkeypatch, nobody):
-    monkeypatch.setitem(datasets.MIRRORS, "mnist", (f"{nobody}{{}}", datasets.MIRRORS["mnist"][1]))
+    set_mirrors("mnist", (f"{nobody}{{}}", datasets.SOURCES["mnist"].mirrors[1]), monkeypatch)
     require_small(load_small(), small)
 
 
@@ -566,11 +573,11 @@ def test_a_bad_file_in_the_cache_is_replaced(small, mirrors, cache, kind, monkey
     assert mirrors.requests[4:] == [f"/one/{TEST_X}.gz"]
     assert path.read_bytes() == right
     BAD_CACHED[kind](path)
-    here = datasets.MIRRORS["mnist"]
-    monkeypatch.setitem(datasets.MIRRORS, "mnist", (f"{nobody}{{}}",))
+    here = datasets.SOURCES["mnist"].mirrors
+    set_mirrors("mnist", (f"{nobody}{{}}",), monkeypatch)
     with pytest.raises(DatasetError, match=f"got a bad {path} .remove it.*{nobody}.*refused"):
         load_small()
-    monkeypatch.setitem(datasets.MIRRORS, "mnist", here)
+    set_mirrors("mnist", here, monkeypatch)
     require_small(load_small(), small)
     assert len(list(cache.iterdir())) == 4
 
@@ -635,6 +642,255 @@ def test_the_real_mnist(monkeypatch):
     assert x.mean() == pytest.approx(33.318421449829934, rel=1e-12)
 
 
+# --- MNIST, binarised once and for all ------------------------------------------------------------
+
+AMAT = tuple(datasets.STATIC)  # for training, for validation, for testing
+
+
+def amat(x):
+    return "".join(" ".join(map(str, image.ravel())) + "\n" for image in x).encode()
+
+
+def binary_images(num):
+    return np.random.default_rng(num).integers(0, 2, (num, 28, 28), np.uint8)
+
+
+@pytest.fixture
+def static(monkeypatch):
+    """Three files that count as static MNIST, by name."""
+    contents = {name: amat(binary_images(num)) for name, num in zip(AMAT, (12, 5, 6), strict=True)}
+    count_as(datasets.STATIC, contents, monkeypatch)
+    return contents
+
+
+def load_static(num_validation=5, **settings):
+    return load("static-mnist", num_validation=num_validation, progress=False, **settings)
+
+
+def require_static(loaded):
+    """That ``loaded`` is what the files of ``static`` hold. The test images are shuffled."""
+    parts = (loaded.train, loaded.validation, loaded.test)
+    for part, num in zip(parts, (12, 5, 6), strict=True):
+        x = binary_images(num) * np.uint8(255)
+        order = np.random.default_rng(0).permutation(6) if num == 6 else slice(None)
+        assert same(part, {"x": x[order]})
+        assert part["x"].flags.c_contiguous
+        assert part["x"].flags.writeable
+    assert (loaded.name, loaded.num_classes, loaded.x_shape) == ("static-mnist", None, (28, 28))
+
+
+@pytest.mark.parametrize("spelling", ["{}", "{}.gz", "static_mnist/{}.gz", "static-mnist/{}"])
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_static_mnist_is_read_from_a_directory(tmp_path, static, monkeypatch, spelling, by, cache):
+    pack = packed if spelling.endswith("gz") else bytes
+    for name, content in static.items():
+        write(tmp_path / spelling.format(name), pack(content))
+    if by == "environment":
+        monkeypatch.setenv("GUIDEBOOK_DATA", str(tmp_path))
+    require_static(load_static(data_dir=tmp_path if by == "argument" else None))
+    assert not cache.parent.exists()
+
+
+def test_static_mnist_is_downloaded_once(static, cache, monkeypatch, nobody):
+    with serving(static) as server:
+        set_mirrors("static-mnist", server.urls()[:1], monkeypatch)
+        require_static(load_static())
+        assert server.requests == [f"/one/{name}" for name in AMAT]
+    cached = (cache.parent / "static-mnist").iterdir()
+    assert {path.name: path.read_bytes() for path in cached} == static
+    set_mirrors("static-mnist", (f"{nobody}{{}}",), monkeypatch)
+    require_static(load_static())
+
+
+def test_any_number_of_static_mnists_images_may_be_held_out(tmp_path, static):
+    for name, content in static.items():
+        write(tmp_path / name, content)
+    x = np.concatenate([binary_images(12), binary_images(5)]) * np.uint8(255)
+    for number in (0, 3, 5, 8, 16):
+        loaded = load_static(number, data_dir=tmp_path)
+        held_out = loaded.validation["x"] if number else x[:0]
+        assert len(held_out) == number
+        np.testing.assert_array_equal(np.concatenate([loaded.train["x"], held_out]), x)
+        assert same(loaded.test, load_static(data_dir=tmp_path).test)
+    with pytest.raises(ValueError, match=r"num_validation: expected 0 to 16, .*got 17"):
+        load_static(17, data_dir=tmp_path)
+
+
+def test_a_directory_without_static_mnist_names_its_files(tmp_path, static):
+    write(tmp_path / AMAT[0], static[AMAT[0]])
+    folders = f"{tmp_path} or its folder static_mnist or static-mnist"
+    expected = f"static-mnist's files .* in {folders}, got no {AMAT[1]}, no {AMAT[2]}; give"
+    with pytest.raises(DatasetError, match=f"^data_dir: expected {expected}"):
+        load_static(data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["changed", "cut", "lines", "swapped"])
+def test_a_bad_static_mnist_is_an_error(tmp_path, static, monkeypatch, kind):
+    right = static[AMAT[0]]
+    content, got = {
+        "changed": (bytes([right[0] ^ 1]) + right[1:], "other content"),
+        "cut": (right[:-2], "other content"),
+        "lines": (right.replace(b"\n", b"\r\n"), "other content"),
+        "swapped": (static[AMAT[1]], f"static-mnist's {AMAT[1]}"),
+    }[kind]
+    for name in AMAT:
+        write(tmp_path / name, content if name == AMAT[0] else static[name])
+    with pytest.raises(DatasetError, match=f"/{AMAT[0]}: expected static.*, got {got} .*{REMEDY}"):
+        load_static(data_dir=tmp_path)
+    count_as(datasets.STATIC, {AMAT[0]: content}, monkeypatch)
+    if kind in ("cut", "lines"):
+        with pytest.raises(DatasetError, match=f"/{AMAT[0]}: expected the arrays of static-mnist"):
+            load_static(data_dir=tmp_path)
+
+
+def test_static_mnist_takes_no_more_memory_to_read_than_its_file():
+    content = amat(binary_images(300))
+    assert peak_memory(lambda: datasets.SOURCES["static-mnist"].read(content)) < len(content)
+
+
+@pytest.mark.skipif(not given("static_mnist", AMAT[0]), reason="GUIDEBOOK_DATA holds no such MNIST")
+def test_the_real_static_mnist(monkeypatch):
+    monkeypatch.setattr(datasets, "MAX_BYTES", MAX_BYTES)
+    loaded = load("static-mnist", data_dir=GIVEN)
+    parts = [part["x"] for part in (loaded.train, loaded.validation, loaded.test)]
+    assert [len(x) for x in parts] == [50_000, 10_000, 10_000]
+    assert {*np.unique(np.concatenate(parts))} == {0, 255}
+    if given("mnist", TRAIN_X):
+        grey = load("mnist", data_dir=GIVEN, num_validation=0)
+        for x, whole in ((parts[0], grey.train), (parts[1], grey.train), (parts[2], grey.test)):
+            x, pixels = x[:30].reshape(30, -1) > 0, whole["x"].reshape(-1, 784).T
+            impossible = x @ (pixels == 0).astype(np.float32) + ~x @ (pixels == 255).astype(
+                np.float32
+            )
+            assert (impossible.min(1) == 0).all()  # one of MNIST's images may have become this one
+            assert len({*whole["c"][impossible.argmin(1)]}) > 5  # not sorted by digit
+
+
+# --- Fashion-MNIST, whose files have MNIST's names ------------------------------------------------
+
+
+@pytest.fixture
+def fashion(monkeypatch):
+    """Four files that count as Fashion-MNIST, by name."""
+    x, x_test = random_images(61, 6, 5), random_images(21, 6, 5)
+    return as_mnist(x, x_test, monkeypatch, datasets.FASHION)
+
+
+def load_fashion(**settings):
+    return load("fashion-mnist", num_validation=11, progress=False, **settings)
+
+
+def require_fashion(loaded):
+    """That ``loaded`` is what the files of ``fashion`` hold."""
+    x, c = random_images(61, 6, 5), np.arange(61, dtype=np.int32) % 10
+    assert same(loaded.train, {"x": x[:50], "c": c[:50]})
+    assert same(loaded.validation, {"x": x[50:], "c": c[50:]})
+    assert same(loaded.test, {"x": random_images(21, 6, 5), "c": c[:21]})
+    assert (loaded.name, loaded.num_classes) == ("fashion-mnist", 10)
+
+
+@pytest.fixture
+def fashion_mirror(fashion, monkeypatch):
+    with serving({f"{name}.gz": packed(content) for name, content in fashion.items()}) as server:
+        set_mirrors("fashion-mnist", server.urls(".gz"), monkeypatch)
+        yield server
+
+
+def test_the_sums_of_public_files_are_sums_and_none_is_there_twice():
+    sums = [value for source in datasets.SOURCES.values() for value in source.sums.values()]
+    assert len({*sums}) == len(sums) == 13
+    assert all(re.fullmatch("[0-9a-f]{64}", value) for value in sums)
+
+
+@pytest.mark.parametrize("place", ["", "fashion-mnist", "fashion_mnist"])
+@pytest.mark.parametrize("by", ["argument", "environment"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_fashion_is_read_from_a_directory(
+    tmp_path, fashion, small, monkeypatch, place, by, beside, cache
+):
+    for name, content in fashion.items():
+        write(tmp_path / place / f"{name}.gz", packed(content))
+    if beside:  # MNIST lies there too
+        for name, content in small.items():
+            write(tmp_path / ("" if place else "mnist") / name, content)
+    if by == "environment":
+        monkeypatch.setenv("GUIDEBOOK_DATA", str(tmp_path))
+    directory = tmp_path if by == "argument" else None
+    require_fashion(load_fashion(data_dir=directory))
+    if beside:
+        require_small(load_small(data_dir=directory), small)
+    assert not cache.parent.exists()
+
+
+@pytest.mark.parametrize("place", ["", "fashion-mnist"])
+def test_a_directory_of_mnist_is_none_of_fashion(tmp_path, fashion_mirror, small, place):
+    for name, content in small.items():
+        write(tmp_path / place / name, content)
+    wrong = tmp_path / place / TRAIN_X
+    expected = f"^{wrong}: expected fashion-mnist's {TRAIN_X} with .*, got mnist's {TRAIN_X} .*"
+    remedy = "; give fashion-mnist's files, or --dataset mnist$"
+    with pytest.raises(DatasetError, match=f"{expected}{remedy}"):
+        load_fashion(data_dir=tmp_path)
+    assert fashion_mirror.requests == []
+
+
+def test_mnist_in_the_environments_directory_does_not_hide_the_cache_of_fashion(
+    tmp_path, fashion, small, fashion_mirror, monkeypatch, cache
+):
+    for name, content in small.items():
+        write(tmp_path / "placed" / name, content)
+    monkeypatch.setenv("GUIDEBOOK_DATA", str(tmp_path / "placed"))
+    for _ in range(2):
+        require_fashion(load_fashion())
+        assert fashion_mirror.requests == [f"/one/{name}.gz" for name in datasets.FASHION]
+    require_small(load_small(), small)
+    found = {path.name: path.read_bytes() for path in (cache.parent / "fashion-mnist").iterdir()}
+    assert found == fashion
+    assert not cache.exists()
+
+
+def test_fashion_in_the_environments_directory_does_not_hide_that_mnist_is_missing(
+    tmp_path, fashion, small, monkeypatch, capsys
+):
+    for name, content in fashion.items():
+        write(tmp_path / name, content)
+    monkeypatch.setenv("GUIDEBOOK_DATA", str(tmp_path))
+    got = f"got {tmp_path / TRAIN_X}: .*, got fashion-mnist's {TRAIN_X} .*refused"
+    with pytest.raises(DatasetError, match=f"^mnist: expected {TRAIN_X} .*{got}.*; go online"):
+        load_small()
+    assert load("auto", progress=False).name == "digits"
+    assert re.search(got, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("place", "content"),
+    [("fashion-mnist", None), ("fashion_mnist", None), ("", HTML), ("", idx(np.arange(61) % 10))],
+)
+def test_other_bad_files_in_the_environments_directory_are_errors(
+    tmp_path, fashion, small, fashion_mirror, monkeypatch, place, content
+):
+    write(tmp_path / place / TRAIN_X, content or small[TRAIN_X])
+    monkeypatch.setenv("GUIDEBOOK_DATA", str(tmp_path))
+    with pytest.raises(DatasetError, match=f"/{TRAIN_X}: expected fashion-mnist's {TRAIN_X} .*"):
+        load_fashion()
+    assert fashion_mirror.requests == []
+
+
+def test_a_mirror_that_gives_mnist_for_fashion_is_passed_over(fashion, small, fashion_mirror):
+    fashion_mirror.answers[f"/one/{TRAIN_X}.gz"] = packed(small[TRAIN_X])
+    require_fashion(load_fashion())
+    assert f"/two/{TRAIN_X}.gz" in fashion_mirror.requests
+
+
+@pytest.mark.skipif(not given("fashion_mnist", TRAIN_X), reason="GUIDEBOOK_DATA holds no Fashion")
+def test_the_real_fashion(monkeypatch):
+    monkeypatch.setattr(datasets, "MAX_BYTES", MAX_BYTES)
+    loaded = load("fashion-mnist", data_dir=GIVEN)
+    parts = (loaded.train, loaded.validation, loaded.test)
+    assert [part["x"].shape for part in parts] == [(n, 28, 28) for n in (50_000, 10_000, 10_000)]
+    assert list(np.bincount(loaded.test["c"])) == [1000] * 10
+
+
 # --- SVHN -----------------------------------------------------------------------------------------
 
 
@@ -668,7 +924,7 @@ def svhn_cache(cache):
 @pytest.fixture
 def svhn_mirror(svhn, monkeypatch):
     with serving(svhn) as server:
-        monkeypatch.setitem(datasets.MIRRORS, "svhn", server.urls()[:1])
+        set_mirrors("svhn", server.urls()[:1], monkeypatch)
         yield server
 
 
@@ -778,7 +1034,7 @@ def test_svhn_is_downloaded_once(svhn_mirror, svhn, svhn_cache, monkeypatch, nob
     require_svhn(load_svhn())
     assert svhn_mirror.requests == [f"/one/{TRAIN_MAT}", f"/one/{TEST_MAT}"]
     assert {path.name: path.read_bytes() for path in svhn_cache.iterdir()} == svhn
-    monkeypatch.setitem(datasets.MIRRORS, "svhn", (f"{nobody}{{}}",))
+    set_mirrors("svhn", (f"{nobody}{{}}",), monkeypatch)
     require_svhn(load_svhn())
     assert capsys.readouterr() == ("", "")
 
@@ -803,7 +1059,7 @@ def test_a_bad_delivery_of_svhn_leaves_nothing(svhn_mirror, svhn, svhn_cache, ki
         load_svhn()
     message = str(caught.value)
     assert message.startswith(f"svhn: expected {TRAIN_MAT} in {svhn_cache} or from a mirror, got ")
-    assert datasets.MIRRORS["svhn"][0].format(TRAIN_MAT) in message
+    assert datasets.SOURCES["svhn"].mirrors[0].format(TRAIN_MAT) in message
     assert re.search(got, message)
     assert re.search(GET_FILES, message)
     assert kind not in BAD_MAT or datasets.SVHN[TRAIN_MAT] in message
@@ -838,7 +1094,7 @@ def test_a_bad_svhn_in_a_directory_is_an_error_and_is_not_parsed(
     write(tmp_path / TRAIN_MAT, content)
     write(tmp_path / "svhn" / TEST_MAT, svhn[TEST_MAT])
     monkeypatch.setenv("GUIDEBOOK_DATA", str(tmp_path))
-    expected = f"{TRAIN_MAT} with SHA-256 {datasets.SVHN[TRAIN_MAT]}"
+    expected = f"svhn's {TRAIN_MAT} with SHA-256 {datasets.SVHN[TRAIN_MAT]}"
     for directory in (tmp_path, None):
         with pytest.raises(DatasetError, match=f"/{TRAIN_MAT}: expected {expected}, got {got}.*;"):
             load_svhn(data_dir=directory)
@@ -982,7 +1238,7 @@ def test_without_mnist_auto_takes_the_digits_and_says_so_loudly(capsys, monkeypa
     assert all(line.startswith("!!") for line in lines)
     for word in ("NOT MNIST", "digits", "--data-dir", "GUIDEBOOK_DATA", "--dataset mnist"):
         assert word in err
-    for mirror in datasets.MIRRORS["mnist"]:
+    for mirror in datasets.SOURCES["mnist"].mirrors:
         assert re.search(f"{mirror.format(TRAIN_X)}: .*refused", err)
     assert f"GUIDEBOOK_DATA (now {tmp_path / 'nothing'})" in err
 
@@ -995,8 +1251,8 @@ def test_mnist_insists(capsys):
 
 @pytest.mark.parametrize("name", ["MNIST", "cifar10", "", "images.txt", "npz", "x.mat"])
 def test_an_unknown_name_lists_the_known(name):
-    expected = f"name: expected auto, mnist, svhn, digits or the path .*got '{name}'"
-    with pytest.raises(ValueError, match=expected):
+    known = "auto, mnist, static-mnist, fashion-mnist, svhn, digits or the path"
+    with pytest.raises(ValueError, match=f"name: expected {known} .*got '{name}'"):
         load(name)
 
 
