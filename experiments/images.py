@@ -104,9 +104,10 @@ class Config(Machines):
     """Settings of an experiment on images.
 
     Attributes:
-        dataset: Data set: mnist, svhn, digits, the path of your own .npz, .npy or .csv file, or
-            auto. auto is MNIST if it can be loaded, and else digits. An .npy file larger than half
-            of the memory is read piece by piece.
+        dataset: Data set: mnist, static-mnist, fashion-mnist, svhn, digits, the path of your own
+            .npz, .npy or .csv file, or auto. auto is MNIST if it can be loaded, and else digits.
+            static-mnist is binary and has no labels. An .npy file larger than half of the memory is
+            read piece by piece.
         data_dir: Directory with the data set's files, compressed or not, to read offline.
         num_validation: Images held out of the training. Default: the data set's usual number. The
             encoder per-datum holds out none, because it knows the training images alone.

@@ -87,8 +87,8 @@ class Config(Machines):
     Attributes:
         quadrants: Observed quadrants. 1 is the bottom left, 2 the left half, 3 all but the bottom
             right, all one after the other.
-        dataset: Data set: mnist, digits, the path of your own .npz or .npy file, or auto. auto is
-            MNIST if it can be loaded, and else digits.
+        dataset: Data set: mnist, static-mnist, fashion-mnist, digits, the path of your own .npz or
+            .npy file, or auto. auto is MNIST if it can be loaded, and else digits.
         data_dir: Directory with the data set's files, compressed or not, to read offline.
         num_validation: Images held out of the training. Default: the data set's usual number.
         num_train: Number of training images, the first ones. Default: all.

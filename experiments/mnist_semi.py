@@ -89,8 +89,8 @@ class Config(Machines):
     """Settings of the comparison of ways to use a few labels.
 
     Attributes:
-        dataset: Data set with labels: mnist, svhn, digits, the path of your own .npz or .csv file,
-            or auto. auto is MNIST if it can be loaded, and else digits.
+        dataset: Data set with labels: mnist, fashion-mnist, svhn, digits, the path of your own .npz
+            or .csv file, or auto. auto is MNIST if it can be loaded, and else digits.
         data_dir: Directory with the data set's files, compressed or not, to read offline.
         num_train: Number of training images, the first ones. Default: all.
         num_test: Number of test images, the first ones. Default: all.
