@@ -114,8 +114,8 @@ class Config(Machines):
         num_train: Number of training images, the first ones. Default: all.
         num_test: Number of test images, the first ones. Default: all.
         preset: Model to start from, by name. The settings from hidden to likelihood change it.
-        guide: Family of the guide: mean-field, structured, low-rank, full-covariance, flow, prior
-            or semi-amortised.
+        guide: Family of the guide: mean-field, structured, low-rank, full-covariance, flow,
+            inverse-autoregressive, neural-spline, prior or semi-amortised.
         encoder: What gives the guide its numbers: network, or per-datum. per-datum is a table with
             a row for each image. It trains on all images at once and is fitted anew to the test
             images.

@@ -88,8 +88,8 @@ class Config(Machines):
             goes to the argument of its name. The array of an .npy file is x. The first axis is the
             datum. An .npy file larger than half of the memory is read piece by piece.
         set: Fields of the dataclass or arguments of the function, such as num_latents=3.
-        guide: Family of the guide: mean-field, structured, low-rank, full-covariance, flow, prior
-            or semi-amortised.
+        guide: Family of the guide: mean-field, structured, low-rank, full-covariance, flow,
+            inverse-autoregressive, neural-spline, prior or semi-amortised.
         globals: Family of the global sites: mean_field or full_covariance.
         encoder: What gives the guide its numbers for each datum: network, or per-datum. per-datum
             is a table with a row for each datum. It trains on all data at once and is fitted anew

@@ -1,14 +1,11 @@
-"""Densities that NumPyro lacks: a Normal by its Cholesky factor, and the maps of a flow."""
+"""Densities that NumPyro lacks: a Normal by its Cholesky factor, and one whose batch is folded."""
 
 from typing import Any
 
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from flax import nnx
 from jaxtyping import Array
-from numpyro.distributions import constraints, transforms
-
-from models.networks import MLP, still
+from numpyro.distributions import transforms
 
 
 class CholeskyNormal(dist.TransformedDistribution):
@@ -36,67 +33,6 @@ class CholeskyNormal(dist.TransformedDistribution):
         """L L^T, (..., K, K)."""
         scale_tril = self.transforms[0].scale_tril
         return scale_tril @ jnp.swapaxes(scale_tril, -1, -2)
-
-
-class Couplings(nnx.Module):
-    """The networks of a coupling flow. Each maps half of z, and the context, to the other half.
-
-    The last layers start at zero, so the flow starts as the identity.
-
-    Args:
-        num_latents: the dimensions of z.
-        num_context: numbers of context for one datum.
-        hidden: units of each network's one hidden layer.
-        num_layers: how many networks there are.
-    """
-
-    def __init__(self, num_latents: int, num_context: int, hidden: int, num_layers: int, *, rngs):
-        sizes = (num_latents + num_context, hidden, 2 * num_latents)
-        self.layers = nnx.List(still(*sizes, rngs=rngs) for _ in range(num_layers))
-
-
-class Coupling(transforms.Transform):
-    """A map that keeps some dimensions of x and moves the others: y = x exp(s) + t.
-
-    s and t are functions of the kept dimensions and the context. The scale exp(s) stays between
-    e^-2 and e^2. Dinh, Sohl-Dickstein & Bengio 2017, equation 4.
-
-    Args:
-        mlp: the network for s and t.
-        context: numbers for each datum, (N, num_context).
-        kept: for each dimension, whether it stays.
-    """
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-
-    def __init__(self, mlp: MLP, context: Array, kept: tuple[bool, ...]):
-        self.mlp, self.context, self.kept = mlp, context, kept
-
-    def _maps(self, x: Array) -> tuple[Array, Array]:
-        """s and t. They are zero in the kept dimensions."""
-        kept = jnp.array(self.kept)
-        context = jnp.broadcast_to(self.context, (*x.shape[:-1], self.context.shape[-1]))
-        outputs = self.mlp(jnp.concatenate([jnp.where(kept, x, 0.0), context], axis=-1))
-        s, t = jnp.split(outputs, 2, axis=-1)
-        return jnp.where(kept, 0.0, 2 * jnp.tanh(s / 2)), jnp.where(kept, 0.0, t)
-
-    def __call__(self, x: Array) -> Array:
-        """y from x, (..., dimensions)."""
-        s, t = self._maps(x)
-        return x * jnp.exp(s) + t
-
-    def _inverse(self, y: Array) -> Array:
-        s, t = self._maps(y)
-        return (y - t) * jnp.exp(-s)
-
-    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
-        """The sum of s over dimensions."""
-        return self._maps(x)[0].sum(-1)
-
-    def tree_flatten(self) -> Any:
-        """The arrays, and the rest."""
-        return (self.mlp, self.context), (("mlp", "context"), {"kept": self.kept})
 
 
 class Folded(dist.Distribution):

@@ -3,18 +3,22 @@
     guide = mean_field(model)
     guide = flow(model)
 
-| family             | q of a datum's local sites, in unconstrained coordinates u                |
-|--------------------|---------------------------------------------------------------------------|
-| ``mean_field``     | prod_i Normal(u_i; loc_i(x, c), scale_i(x, c)^2)                          |
-| ``structured``     | q(u1 | x, c) q(u2 | u1, x, c) ..., site by site, each a mean field        |
-| ``low_rank``       | Normal(u; loc(x, c), F(x, c) F(x, c)^T + diag(scale(x, c)^2))             |
-| ``full_covariance``| Normal(u; loc(x, c), L(x, c) L(x, c)^T), L lower triangular               |
-| ``flow``           | the full covariance, carried through maps that depend on (x, c)           |
-| ``prior``          | p(z | c): the data change nothing                                         |
-| ``semi_amortised`` | the mean field, after a few gradient steps on each datum's own ELBO       |
+| family                     | q of a datum's local sites, in unconstrained coordinates u        |
+|----------------------------|-------------------------------------------------------------------|
+| ``mean_field``             | prod_i Normal(u_i; loc_i(x, c), scale_i(x, c)^2)                  |
+| ``structured``             | q(u1 | x, c) q(u2 | u1, x, c) ..., each site a mean field         |
+| ``low_rank``               | Normal(u; loc(x, c), F(x, c) F(x, c)^T + diag(scale(x, c)^2))     |
+| ``full_covariance``        | Normal(u; loc(x, c), L(x, c) L(x, c)^T), L lower triangular       |
+| ``flow``                   | the full covariance, carried through affine couplings             |
+| ``inverse_autoregressive`` | the mean field, carried through autoregressive maps               |
+| ``neural_spline``          | the full covariance, its noise carried through splines            |
+| ``prior``                  | p(z | c): the data change nothing                                 |
+| ``semi_amortised``         | the mean field, after a few gradient steps on each datum's ELBO   |
 
 Mean field, low rank, full covariance and flow are ordered: each contains the one before it. So the
-best ELBO cannot fall from one to the next.
+best ELBO cannot fall from one to the next. ``neural_spline`` contains the full covariance, and
+``inverse_autoregressive`` contains the mean field. Neither of the two contains another flow, nor
+does ``flow`` contain them. The maps of a flow depend on (x, c).
 
 A guide is a NumPyro program with the model's arguments, called by keyword: ``guide(x=x)`` or
 ``guide(c=c, x=x)``. A family finds the latent sites by an abstract run of the model. A site in the
@@ -65,8 +69,16 @@ from inference.sites import (
     prior_draws,
 )
 from models.blocks import Block, Drawn, Numbers, Plates, Start, blocks_of, loc_scale
-from models.densities import CholeskyNormal, Coupling, Couplings
+from models.densities import CholeskyNormal
 from models.encoders import Data, Inputs, MakeEncoder, PerDatum, default_network
+from models.flows import (
+    AffineCoupling,
+    Autoregressive,
+    Conditional,
+    Made,
+    SplineCoupling,
+    Stack,
+)
 from models.networks import MLP, network, positive, still
 
 GLOBALS = ("mean_field", "full_covariance")
@@ -398,7 +410,7 @@ class Structured(MeanField):
         super().__post_init__()
         if self.direction not in ("model", "reversed"):
             raise ValueError(f"order: expected model or reversed, got {self.direction!r}")
-        _check_positive(self, "num_hidden")
+        _check_at_least(1, self, "num_hidden")
 
     def order(self, names: list[str]) -> list[str]:
         """The order in which local sites are drawn."""
@@ -513,10 +525,10 @@ def full_covariance(
     return FullCovariance(model, encoder, globals)
 
 
-def _check_positive(guide: Any, *names: str) -> None:
+def _check_at_least(least: int, guide: Any, *names: str) -> None:
     for name in names:
-        if getattr(guide, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {getattr(guide, name)}")
+        if getattr(guide, name) < least:
+            raise ValueError(f"{name}: expected at least {least}, got {getattr(guide, name)}")
 
 
 @dataclass(frozen=True)
@@ -534,7 +546,7 @@ class LowRank(Chain):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(self, "rank")
+        _check_at_least(1, self, "rank")
 
     def sizes(self, block: Block, before: int) -> dict[str, int]:
         """For loc, for scale and for the rows of F."""
@@ -594,53 +606,107 @@ def low_rank(
     return LowRank(model, encoder, globals, rank)
 
 
-# --- flow -----------------------------------------------------------------------------------------
+# --- flows ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Flow(FullCovariance):
-    """The family u = T(v; x, c) with v of the full covariance and T a stack of ``Coupling``.
+class Transformed(Chain):
+    """A family u = T(v; x, c): v of a simpler family, T a stack of maps.
 
-    In a chain the maps of a site depend on the sites before it too.
+    The maps depend on a context from the encoder. In a chain the maps of a site depend on the sites
+    before it too. All maps start as the identity.
 
     Attributes:
-        num_layers: maps in T. They keep the even and the odd dimensions in turn.
+        num_layers: maps in T.
         num_hidden: units of each map's one hidden layer, and numbers of context from the encoder.
     """
 
-    num_layers: int = 4
+    num_layers: int = 2
     num_hidden: int = 32
+    base: ClassVar[type[Chain]] = FullCovariance
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(self, "num_layers", "num_hidden")
+        _check_at_least(1, self, "num_layers", "num_hidden")
+
+    # --- what a family says
+
+    def network(self, layer: int, size: int, num_context: int, rngs: nnx.Rngs) -> MLP | Made:
+        """The network of a map. Its last layer starts at zero.
+
+        Args:
+            layer: which map it is, from 1.
+            size: the dimensions of u.
+            num_context: numbers of context for one datum.
+            rngs: Flax's random numbers.
+        """
+        raise NotImplementedError
+
+    def map(self, layer: int, size: int, net: Any, context: Array) -> Conditional:
+        """A map.
+
+        Args:
+            layer: which map it is, from 1.
+            size: the dimensions of u.
+            net: its network.
+            context: numbers for each datum, (N, num_context).
+        """
+        raise NotImplementedError
+
+    def carried(self, base: Any, maps: list[Any]) -> dist.TransformedDistribution:
+        """The base, carried through the maps."""
+        return dist.TransformedDistribution(base, maps)
+
+    # --- the distribution
 
     def sizes(self, block: Block, before: int) -> dict[str, int]:
-        """The full covariance's numbers, and a context."""
-        return super().sizes(block, before) | {"context": self.num_hidden}
+        """The base's numbers, and a context."""
+        return self.base(self.model).sizes(block, before) | {"context": self.num_hidden}
 
     def conditional(
         self, block: Block, start: Start, numbers: Numbers, past: Sequence[Drawn]
     ) -> dist.Distribution:
-        """The full covariance, transformed."""
+        """The base, transformed."""
         unit = Start(jnp.zeros_like(start.median), jnp.ones_like(start.spread))
-        base = super().conditional(block, unit, numbers, past)
+        base = self.base(self.model).conditional(block, unit, numbers, past)
         context = _with_past(numbers["context"], past)
+        num_context = context.shape[-1]
         spread = context.reshape(len(context), *[1] * len(block.plates), -1)
-        spread = jnp.broadcast_to(spread, (len(context), *block.plates, spread.shape[-1]))
+        spread = jnp.broadcast_to(spread, (len(context), *block.plates, num_context))
         placed = block.placed(spread)
+        layers = range(1, self.num_layers + 1)
 
-        def build(rngs: nnx.Rngs) -> Couplings:
-            sizes = block.size, context.shape[-1], self.num_hidden, self.num_layers
-            return Couplings(*sizes, rngs=rngs)
+        def build(rngs: nnx.Rngs) -> Stack:
+            return Stack(self.network(layer, block.size, num_context, rngs) for layer in layers)
 
-        maps: list[Any] = [
-            Coupling(mlp, placed, tuple(dim % 2 == i % 2 for dim in range(block.size)))
-            for i, mlp in enumerate(network(f"{block.name}_flow", build).layers, start=1)
+        nets = network(f"{block.name}_flow", build).layers
+        maps = [
+            self.map(layer, block.size, net, placed)
+            for layer, net in zip(layers, nets, strict=True)
         ]
         median, scale = block.placed(start.median[None]), block.placed(start.spread[None])
-        maps.append(transforms.IndependentTransform(transforms.AffineTransform(median, scale), 1))
-        return dist.TransformedDistribution(base, maps)
+        units = transforms.IndependentTransform(transforms.AffineTransform(median, scale), 1)
+        return dist.TransformedDistribution(self.carried(base, maps), [units])
+
+
+def _kept(layer: int, size: int) -> tuple[bool, ...]:
+    """The dimensions that a coupling keeps: the odd and the even ones in turn, counted from 0."""
+    return tuple(dim % 2 == layer % 2 for dim in range(size))
+
+
+@dataclass(frozen=True)
+class Flow(Transformed):
+    """The family u = T(v; x, c) with v of the full covariance and T a stack of affine couplings."""
+
+    num_layers: int = 4
+
+    def network(self, layer: int, size: int, num_context: int, rngs: nnx.Rngs) -> MLP:
+        """From the kept dimensions and the context to a scale and a shift for each dimension."""
+        return still(size + num_context, self.num_hidden, 2 * size, rngs=rngs)
+
+    def map(self, layer: int, size: int, net: Any, context: Array) -> AffineCoupling:
+        """An affine coupling."""
+        return AffineCoupling(net, context, _kept(layer, size))
 
 
 def flow(
@@ -664,6 +730,112 @@ def flow(
         ValueError: a number is not positive; no such family of the global sites.
     """
     return Flow(model, encoder, globals, num_layers, num_hidden)
+
+
+@dataclass(frozen=True)
+class InverseAutoregressive(Transformed):
+    """The family u = T(v; x, c) with v of the mean field and T a stack of autoregressive maps.
+
+    The order of the dimensions is reversed from each map to the next. The dimensions keep their
+    places: a reversed map counts from the last one.
+    """
+
+    base: ClassVar[type[Chain]] = MeanField
+
+    def network(self, layer: int, size: int, num_context: int, rngs: nnx.Rngs) -> Made:
+        """From the dimensions before, and the context, to a location and a scale."""
+        return Made(size, num_context, self.num_hidden, layer % 2 == 0, rngs=rngs)
+
+    def map(self, layer: int, size: int, net: Any, context: Array) -> Autoregressive:
+        """An autoregressive map."""
+        return Autoregressive(net, context)
+
+
+def inverse_autoregressive(
+    model: Callable[..., Any],
+    encoder: MakeEncoder | None = None,
+    globals: str = "mean_field",
+    num_layers: int = 2,
+    num_hidden: int = 32,
+) -> InverseAutoregressive:
+    """An inverse autoregressive flow: the mean field, carried through autoregressive maps.
+
+    Kingma et al. 2016, algorithm 1 and equations 9 and 10, with the networks of Germain et al.
+    2015. Each map moves a dimension by a location and a scale. They depend on (x, c) and on the
+    dimensions before it. One pass samples. The density of a z that the guide did not draw takes as
+    many passes as the site has dimensions. The paper's maps mix z and the location by a gate. Ours
+    have a scale between e^-2 and e^2, and start as the identity.
+
+    Args:
+        model, encoder, globals: as in ``mean_field``.
+        num_layers: how many maps there are.
+        num_hidden: units of each map's hidden layer, and numbers of context from the encoder.
+
+    Raises:
+        ValueError: a number is not positive; no such family of the global sites.
+    """
+    return InverseAutoregressive(model, encoder, globals, num_layers, num_hidden)
+
+
+@dataclass(frozen=True)
+class NeuralSpline(Transformed):
+    """The family u = loc + L S(e; x, c) with e ~ Normal(0, I) and S a stack of spline couplings.
+
+    loc and L are those of the full covariance. The splines act on its noise and not on its draws.
+    There q is about as wide as their bins, however narrow the posterior is.
+
+    Attributes:
+        num_bins: the bins of each spline.
+
+    Raises:
+        ValueError: fewer than two bins; a number that is not positive.
+    """
+
+    num_bins: int = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_at_least(2, self, "num_bins")
+
+    def network(self, layer: int, size: int, num_context: int, rngs: nnx.Rngs) -> MLP:
+        """From the kept dimensions and the context to a spline for each dimension."""
+        num_outputs = size * (3 * self.num_bins - 1)
+        return still(size + num_context, self.num_hidden, num_outputs, rngs=rngs)
+
+    def map(self, layer: int, size: int, net: Any, context: Array) -> SplineCoupling:
+        """A spline coupling."""
+        return SplineCoupling(net, context, _kept(layer, size))
+
+    def carried(self, base: Any, maps: list[Any]) -> dist.TransformedDistribution:
+        """The base's noise through the maps, and then through the base's own."""
+        return dist.TransformedDistribution(base.base_dist, maps + base.transforms)
+
+
+def neural_spline(
+    model: Callable[..., Any],
+    encoder: MakeEncoder | None = None,
+    globals: str = "mean_field",
+    num_layers: int = 2,
+    num_bins: int = 8,
+    num_hidden: int = 32,
+) -> NeuralSpline:
+    """A neural spline flow: the full covariance, its noise carried through monotone splines.
+
+    Durkan et al. 2019, with the splines of Gregory & Delbourgo 1982. A spline can give a single
+    dimension several modes, which no affine map does. One pass samples, and one pass gives the
+    density of any z. The splines depend on (x, c).
+
+    Args:
+        model, encoder, globals: as in ``mean_field``.
+        num_layers: how many couplings there are.
+        num_bins: the bins of each spline.
+        num_hidden: units of each coupling's hidden layer, and numbers of context from the encoder.
+
+    Raises:
+        ValueError: fewer than two bins; a number is not positive; no such family of the global
+            sites.
+    """
+    return NeuralSpline(model, encoder, globals, num_layers, num_hidden, num_bins)
 
 
 # --- the prior ------------------------------------------------------------------------------------
@@ -717,7 +889,7 @@ class SemiAmortised(MeanField):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(self, "num_steps", "num_pairs")
+        _check_at_least(1, self, "num_steps", "num_pairs")
         if not 0 < self.step_size <= 1:
             raise ValueError(f"step_size: expected above 0 and at most 1, got {self.step_size}")
 
@@ -841,6 +1013,8 @@ GUIDES: dict[str, Callable[..., Guide]] = {
     "low-rank": low_rank,
     "full-covariance": full_covariance,
     "flow": flow,
+    "inverse-autoregressive": inverse_autoregressive,
+    "neural-spline": neural_spline,
     "prior": prior,
     "semi-amortised": semi_amortised,
 }

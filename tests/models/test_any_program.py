@@ -23,7 +23,14 @@ from models.guides import LowRank
 KEY = jax.random.key(0)
 N = 24
 ALPHA = np.array([0.5, 1.0, 2.0], np.float32)
-JOINT = ("structured", "low-rank", "full-covariance", "flow")
+JOINT = (
+    "structured",
+    "low-rank",
+    "full-covariance",
+    "flow",
+    pytest.param("inverse-autoregressive", marks=pytest.mark.slow),
+    pytest.param("neural-spline", marks=pytest.mark.slow),
+)
 
 
 def everything(c, x=None):
@@ -299,6 +306,8 @@ def exact_case(model, rng):
         (dirichlet_multinomial, "full-covariance"),
         pytest.param(matrices, "low-rank", marks=pytest.mark.slow),
         pytest.param(matrices, "flow", marks=pytest.mark.slow),
+        pytest.param(matrices, "inverse-autoregressive", marks=pytest.mark.slow),
+        pytest.param(beta_binomial, "neural-spline", marks=pytest.mark.slow),
         (matrices_on_the_left, "full-covariance"),
         pytest.param(walk, "full-covariance", marks=pytest.mark.slow),
         pytest.param(large_units, "mean-field", marks=pytest.mark.slow),

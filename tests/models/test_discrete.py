@@ -410,7 +410,17 @@ def test_the_label_term_needs_labels(known):
 # --- what cannot be -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["low-rank", "full-covariance", "flow", "semi-amortised"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "low-rank",
+        "full-covariance",
+        "flow",
+        "inverse-autoregressive",
+        "neural-spline",
+        "semi-amortised",
+    ],
+)
 def test_other_families_refuse_and_name_those_that_can(family):
     with pytest.raises(ValueError, match="mean_field") as caught:
         abstract_sites(guides.make(family, two), {"x": jnp.asarray(X)})

@@ -119,7 +119,7 @@ def depends(family, is_plain):
         guide = guides.make(family, partial(one_site, is_plain=is_plain))
         sites = sites_of(guide)
     params = any_params(sites)
-    shapes = {n: s["value"].shape for n, s in sites.items() if s["type"] == "sample"}
+    names = [name for name, site in sites.items() if site["type"] == "sample"]
 
     @jax.jit
     def hessians(values):
@@ -127,21 +127,22 @@ def depends(family, is_plain):
 
         def log_q(values):
             drawn = trace_of(guide, KEY, params | values, **DATA)
-            terms = {n: drawn[n]["fn"].log_prob(drawn[n]["value"]).sum() for n in shapes}
+            terms = {n: drawn[n]["fn"].log_prob(drawn[n]["value"]).sum() for n in names}
             return sum(terms.values()), terms["z1"]
 
         everything, first = jax.hessian(log_q)(values)
         return everything, first["z1"]["z1"]
 
-    rng = np.random.default_rng(1)
-    points = [
-        {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
-        for _ in range(2)
-    ]
+    @jax.jit
+    def draw(key):
+        drawn = trace_of(guide, key, params, **DATA)
+        return {name: drawn[name]["value"] for name in names}
+
+    points = map(draw, jax.random.split(KEY))
     (everything, first), (_, elsewhere) = map(hessians, points)
 
     def across(name, other):
-        return name in shapes and other in shapes and abs(everything[name][other]).max() > 1e-4
+        return name in names and other in names and abs(everything[name][other]).max() > 1e-4
 
     def within(block):
         block = np.array(block).reshape(2, 2)
@@ -150,7 +151,7 @@ def depends(family, is_plain):
     return {
         "a local site depends on those before it": across("z1", "z2"),
         "the numbers of one site are joint": within(first),
-        "the entries of one site along a further plate are joint": "z2" in shapes
+        "the entries of one site along a further plate are joint": "z2" in names
         and within(everything["z2"]["z2"]),
         "a site is not Gaussian in unconstrained coordinates": not np.allclose(
             first, elsewhere, atol=1e-3

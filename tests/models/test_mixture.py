@@ -233,7 +233,13 @@ def test_the_families_of_discrete_sites_draw_what_the_model_does_not_observe(num
         for name, site in latents.items():
             assert sites[name]["value"].shape == site["value"].shape
             assert sites[name]["cond_indep_stack"] == site["cond_indep_stack"]
-    for family in ("low-rank", "full-covariance", "flow"):
+    for family in (
+        "low-rank",
+        "full-covariance",
+        "flow",
+        "inverse-autoregressive",
+        "neural-spline",
+    ):
         with pytest.raises(ValueError, match="'y': expected real numbers in the family"):
             abstract_sites(guides.make(family, model), **data)
 
