@@ -201,8 +201,8 @@ class Splines:
     def __call__(self, x: Float[Array, "*batch dims"]) -> tuple[Array, Array]:
         """y, and the logarithm of dy/dx.
 
-        Durkan et al. 2019, equations 4 and 5. Where x lies outside, the spline is taken at 0, so
-        that no gradient is NaN.
+        Durkan et al. 2019, equations 4 and 5. For an x outside, the spline is computed at 0. So no
+        gradient is NaN.
         """
         is_inside, inside = _inside(x)
         x_low, width, y_low, height, low, high = self._bin(inside, self.x)
@@ -217,8 +217,8 @@ class Splines:
     def inverse(self, y: Float[Array, "*batch dims"]) -> Array:
         """x from y: in a bin, the root of a x^2 + b x = c between 0 and 1.
 
-        Durkan et al. 2019, appendix A.1. We write b^2 + 4 a c as a sum of positive terms, and take
-        the form of the root in which nothing cancels.
+        Durkan et al. 2019, appendix A. Here b^2 + 4 a c is a sum of positive terms, so rounding
+        cannot make it negative. The root has two forms, and we take the one without cancellation.
         """
         is_inside, inside = _inside(y)
         x_low, width, y_low, height, low, high = self._bin(inside, self.y)
@@ -265,10 +265,10 @@ def _inside(value: Array) -> tuple[Bool[Array, "*batch dims"], Array]:
 
 
 class Made(nnx.Module):
-    """An autoregressive network: what it gives for a dimension depends on the dimensions before.
+    """An autoregressive network: the outputs for a dimension depend on those before it.
 
-    Germain et al. 2015, equation 10, and direct connections from its inputs to its outputs. They
-    let a dimension see all dimensions before it, even if there are few hidden units. The context
+    Germain et al. 2015, section 4, with direct connections from inputs to outputs. By these a
+    dimension sees all dimensions before it, even if there are few hidden units. The context
     enters without a mask. So the first dimension depends on the context alone. The masks are no
     parameters: they follow from the sizes.
 

@@ -17,8 +17,8 @@
 
 Mean field, low rank, full covariance and flow are ordered: each contains the one before it. So the
 best ELBO cannot fall from one to the next. ``neural_spline`` contains the full covariance, and
-``inverse_autoregressive`` contains the mean field. Neither of the two contains another flow, nor
-does ``flow`` contain them. The maps of a flow depend on (x, c).
+``inverse_autoregressive`` contains the mean field. No flow contains another one. The
+maps of a flow depend on (x, c).
 
 A guide is a NumPyro program with the model's arguments, called by keyword: ``guide(x=x)`` or
 ``guide(c=c, x=x)``. A family finds the latent sites by an abstract run of the model. A site in the
@@ -822,7 +822,7 @@ def neural_spline(
     """A neural spline flow: the full covariance, its noise carried through monotone splines.
 
     Durkan et al. 2019, with the splines of Gregory & Delbourgo 1982. A spline can give a single
-    dimension several modes, which no affine map does. One pass samples, and one pass gives the
+    dimension several modes. An affine map cannot. One pass samples, and one pass gives the
     density of any z. The splines depend on (x, c).
 
     Args:
