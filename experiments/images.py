@@ -43,6 +43,7 @@ from models import guides, vae
 from models.conditions import Labels
 from models.likelihoods import LIKELIHOODS, PIXEL_LIKELIHOODS, Likelihood, PixelLikelihood
 from models.networks import softplus
+from models.priors import STANDARD, LearnedNormal
 
 ENCODERS = ("network", "per-datum")
 JUDGING_SEED = 20_150_901  # It is folded with the run's seed, and gives the draws of the judges.
@@ -306,7 +307,7 @@ class LabelConfig(Config):
         return replace(
             super().model(record),
             condition=Labels(record.num_classes or 0, self.num_embedded),
-            prior_hidden=() if self.prior == "learned" else None,
+            prior=LearnedNormal() if self.prior == "learned" else STANDARD,
         )
 
 

@@ -74,6 +74,10 @@ class Likelihood(Protocol):
         """x as an encoder sees it: numbers of about the size of one."""
         ...
 
+    def from_real(self, numbers: Array) -> Array:
+        """x, or what a guide takes for it, from any real numbers. 0 stands for a common x."""
+        ...
+
     def __call__(self, outputs: Float[Array, "N k ..."]) -> dist.Distribution:
         """p(x | z) from the decoder's ``num_outputs`` arrays. Its batch shape is (N, *x_shape)."""
         ...
@@ -189,6 +193,10 @@ class _Pixels:
     def view(self, x: Any) -> Any:
         """x on [0, 1]."""
         return (x - self.low) * (1 / (self.high - self.low))
+
+    def from_real(self, numbers: Array) -> Array:
+        """A pixel between ``low`` and ``high``, dark at 0."""
+        return self.low + (self.high - self.low) * jax.nn.sigmoid(numbers - 2)
 
 
 class BinaryPixels(dist.BernoulliLogits):
@@ -484,6 +492,10 @@ class Normal:
         """(x - x_mean) / x_std."""
         return (x - jnp.float32(self.x_mean)) / jnp.float32(self.x_std)
 
+    def from_real(self, numbers: Array) -> Array:
+        """x_mean + x_std * numbers."""
+        return jnp.float32(self.x_mean) + jnp.float32(self.x_std) * numbers
+
     def __call__(self, outputs: Float[Array, "N 1 ..."]) -> dist.Distribution:
         """Normal(x_mean + x_std * outputs, x_std * x_scale)."""
         _check_columns(outputs, x_mean=self.x_mean, x_std=self.x_std)
@@ -549,12 +561,20 @@ class NegativeBinomial:
         """log(1 + x)."""
         return jnp.log1p(x)
 
+    def from_real(self, numbers: Array) -> Array:
+        """A count, or a fraction between two: x_mean * exp(numbers)."""
+        return jnp.exp(self._log_mean + numbers)
+
+    @property
+    def _log_mean(self) -> Array:
+        return jnp.log(jnp.maximum(jnp.float32(self.x_mean), 1e-3))
+
     def __call__(self, outputs: Float[Array, "N 1 ..."]) -> dist.Distribution:
         """The mean is x_mean * exp(outputs)."""
         _check_columns(outputs, x_mean=self.x_mean)
         start = jnp.ones(outputs.shape[2:], jnp.float32)
         theta = numpyro.param("inverse_dispersion", start, constraint=constraints.positive)
-        log_mean = jnp.log(jnp.maximum(jnp.float32(self.x_mean), 1e-3)) + outputs[:, 0]
+        log_mean = self._log_mean + outputs[:, 0]
         return Counts(theta, log_mean - jnp.log(theta))
 
 

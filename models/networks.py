@@ -105,12 +105,33 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
 
 
+def gates(activation: Activation) -> int:
+    """How many numbers an activation takes for each that it gives.
+
+    1 for a function of each number. 2 for a gate, such as ``jax.nn.glu``: it gives the first half
+    of its input times the sigmoid of the second (Dauphin et al. 2017, equation 1). A layer in front
+    of a gate is twice as wide.
+
+    Raises:
+        ValueError: it gives no fraction 1 / k of its numbers.
+    """
+    inputs = jax.ShapeDtypeStruct((60,), jnp.float32)
+    num_outputs = jax.eval_shape(activation, inputs).shape[-1]
+    if num_outputs == 0 or 60 % num_outputs:
+        raise ValueError(
+            f"activation: expected as many numbers as it takes, or a half, a third ... of them, "
+            f"got {num_outputs} from 60; give a function of each number, or a gate"
+        )
+    return 60 // num_outputs
+
+
 class MLP(nnx.Module):
     """A multilayer perceptron: affine maps with an activation after each but the last.
 
     Args:
         sizes: the lengths of the input, of each hidden layer and of the output.
-        activation: the function of arrays after every hidden layer.
+        activation: the function of arrays after every hidden layer. After a gate (``gates``) a
+            layer has the length of ``sizes``.
         dtype: the type that the layers compute in. Parameters and output are float32.
 
     Raises:
@@ -120,9 +141,11 @@ class MLP(nnx.Module):
     def __init__(self, sizes: Sequence[int], activation: Activation, dtype: str, *, rngs: nnx.Rngs):
         if any(size < 1 for size in sizes):
             raise ValueError(f"MLP: expected positive sizes, got {tuple(sizes)}")
+        width = gates(activation)
+        ends = (*(width * size for size in sizes[1:-1]), sizes[-1])
         self.layers = nnx.List(
             nnx.Linear(n, m, dtype=jnp.dtype(dtype), rngs=rngs)
-            for n, m in itertools.pairwise(sizes)
+            for n, m in zip(sizes[:-1], ends, strict=True)
         )
         self.activation = activation
 
@@ -238,7 +261,7 @@ class Decoder(nnx.Module):
         else:
             self.grow = None
         num_inputs = num_latents + (0 if condition is None else condition.num_features)
-        num_last = math.prod(_smallest(x_shape, channels) if channels else self.outputs)
+        num_last = math.prod(self.outputs if self.grow is None else self.grow.shape)
         self.mlp = MLP((num_inputs, *hidden, num_last), activation, dtype, rngs=rngs)
 
     def __call__(
@@ -320,9 +343,11 @@ class Shrink(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.shape = (*x_shape[:2], math.prod(x_shape[2:]))
-        sizes = (self.shape[-1], *channels)
-        self.layers = nnx.List(_conv(n, m, 2, dtype, rngs) for n, m in itertools.pairwise(sizes))
-        self.norms = nnx.List(_norm(m, dtype, rngs) for m in channels)
+        sizes, width = (self.shape[-1], *channels), gates(activation)
+        self.layers = nnx.List(
+            _conv(n, width * m, 2, dtype, rngs) for n, m in itertools.pairwise(sizes)
+        )
+        self.norms = nnx.List(_norm(width * m, dtype, rngs) for m in channels)
         self.activation = activation
 
     def __call__(self, x: Float[Array, "N ..."]) -> Float[Array, "N h w m"]:
@@ -353,17 +378,23 @@ class Grow(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.shape = _smallest(x_shape, channels)
+        width = gates(activation)
+        *sides, num_channels = _smallest(x_shape, channels)
+        self.shape = (*sides, width * num_channels)
         self.num_outputs = num_outputs
-        sizes = (*channels[::-1], num_outputs * math.prod(x_shape[2:]))
-        self.norms = nnx.List(_norm(m, dtype, rngs) for m in sizes[:-1])
+        num_last = num_outputs * math.prod(x_shape[2:])
+        ends = (*(width * size for size in channels[-2::-1]), num_last)
+        self.norms = nnx.List(_norm(width * m, dtype, rngs) for m in channels[::-1])
         self.layers = nnx.List(
-            _conv(n, 4 * m, 1, dtype, rngs) for n, m in itertools.pairwise(sizes)
+            _conv(n, 4 * m, 1, dtype, rngs) for n, m in zip(channels[::-1], ends, strict=True)
         )
         self.activation = activation
 
     def __call__(self, h: Float[Array, "N n"]) -> Float[Array, "N k height width m"]:
-        """Features (N, h * w * channels[-1]) to (N, num_outputs, height, width, channels)."""
+        """From features (N, prod(shape)), before an activation, to images.
+
+        They are (N, num_outputs, height, width, channels).
+        """
         h = h.reshape(-1, *self.shape)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             h = layer(self.activation(norm(h)))

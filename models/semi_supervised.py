@@ -59,7 +59,7 @@ from models import vae
 from models.conditions import check_given
 from models.densities import Folded
 from models.labels import UNKNOWN, check_integers, partly_observed, told, told_of
-from models.networks import MLP, Activation, Encoder, check_images, network, positive
+from models.networks import MLP, Activation, Encoder, check_images, gates, network, positive
 
 # --- networks -------------------------------------------------------------------------------------
 
@@ -89,7 +89,8 @@ class LabelledEncoder(nnx.Module):
     ):
         self.trunk, self.activation = trunk, activation
         self.num_classes = num_classes
-        self.label = nnx.Linear(num_classes, sizes[0], use_bias=False, rngs=rngs)
+        num_first = gates(activation) * sizes[0]
+        self.label = nnx.Linear(num_classes, num_first, use_bias=False, rngs=rngs)
         self.mlp = MLP((*sizes[:-1], 2 * sizes[-1]), activation, dtype, rngs=rngs)
 
     def __call__(
@@ -193,11 +194,10 @@ class Model(vae.Model):
         """
         check_given(self.condition, c)
         check_images(x, self.x_shape)
-        z_loc, z_scale = self._prior(c)
+        prior = self._prior(c)
         size = next((len(array) for array in (c, x, y) if array is not None), 1)
         with numpyro.plate("data", size):
             label = partly_observed("y", dist.Categorical(logits=jnp.zeros(self.num_classes)), y)
-            prior = dist.Normal(z_loc, z_scale).expand([size, self.num_latents]).to_event(1)
             z = numpyro.sample("z", prior)
             numpyro.sample("x", self._x_given(label, z, c), obs=x)
 
@@ -237,7 +237,8 @@ class Guide:
     def _encoder(self, rngs: nnx.Rngs) -> LabelledEncoder:
         model = self.model
         hidden = model.hidden[::-1] if self.hidden is None else self.hidden
-        trunk = vae.Model.encoder(model, hidden[0], hidden=(), rngs=rngs)
+        num_first = gates(model.activation) * hidden[0]
+        trunk = vae.Model.encoder(model, num_first, hidden=(), rngs=rngs)
         sizes = (*hidden, model.num_latents)
         rest = model.activation, model.dtype
         return LabelledEncoder(trunk, model.num_classes, sizes, *rest, rngs=rngs)

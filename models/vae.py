@@ -4,23 +4,23 @@ Kingma & Welling 2014 and Rezende, Mohamed & Wierstra 2014 have it without a con
 Yan 2015 give every network a condition c: a label, or any array. They write x -> y for our c -> x.
 An image x comes from a latent vector z of a few dimensions through a network, the decoder:
 
-    z | c     ~  Normal(0, I)  or  Normal(z_loc(c), z_scale(c)^2)       the prior       p(z | c)
-    x | z, c  ~  likelihood(decoder(z, c))                              the likelihood  p(x | z, c)
+    z | c     ~  prior(c), Normal(0, I) by default     the prior       p(z | c)
+    x | z, c  ~  likelihood(decoder(z, c))             the likelihood  p(x | z, c)
 
 A second network, the encoder, looks at the image and says where z must have been. The guide of all
 three papers is ``guides.mean_field``. It factorises over the dimensions of z:
 
     z_i | x, c  ~  Normal(z_loc_i(x, c), z_scale_i(x, c)^2)     q(z | x, c) = prod_i q(z_i | x, c)
 
-Without a condition c is left out everywhere, and the prior is Normal(0, I). Both networks are
+Without a condition c is left out everywhere. Both networks are
 trained together. They maximise the ELBO (Kingma & Welling, equation 3; Sohn et al., equation 4),
 
     log p(x | c)  >=  E_q [ log p(x | z, c) ] - KL( q(z | x, c) || p(z | c) ).
 
 The first term is the reconstruction, the second the divergence. Networks are multilayer
-perceptrons. With ``channels``, convolutions stand between them and the image. The likelihood is any
-of ``models/likelihoods.py``, the condition any of ``models/conditions.py``. An x may also be a
-vector, ``x_shape=(D,)``: a row of a table.
+perceptrons. With ``channels``, convolutions stand between them and the image. The prior is any of
+``models/priors.py``, the likelihood any of ``models/likelihoods.py``, the condition any of
+``models/conditions.py``. An x may also be a vector, ``x_shape=(D,)``: a row of a table.
 
 We deviate from Sohn, Lee & Yan in one point: their prior network and decoder also see a baseline's
 guess of x. ``models/quadrants.py`` has that guess.
@@ -30,7 +30,7 @@ guess of x. ``models/quadrants.py`` has that guess.
 | x (Sohn: y)     | ``x``, (N, *x_shape)          | images, as ``prepare`` makes them              |
 | c (Sohn: x)     | ``c``, (N, ...)               | conditions                                     |
 | z               | ``z``, (N, num_latents)       | latent vectors                                 |
-| theta           | params ``decoder``, ``prior`` | the weights of the decoder and prior network   |
+| theta           | params ``decoder``, ``prior`` | the weights of the decoder and of the prior    |
 | phi             | param ``encoder``             | the weights of the encoder                     |
 | mu, sigma       | ``z_loc``, ``z_scale``        | mean and standard deviation of a Gaussian      |
 
@@ -39,6 +39,7 @@ guess of x. ``models/quadrants.py`` has that guess.
 
     model = vae.Model(num_latents=20, hidden=(500,))
     model = vae.Model(Labels(10), num_latents=20, hidden=(500,))    # given a label
+    model = vae.Model(prior=MixtureOfNormals(10))                   # of models.priors
     guide = guides.mean_field(model)
 """
 
@@ -59,13 +60,13 @@ from models.networks import (
     Activation,
     Decoder,
     Encoder,
-    PriorNetwork,
     check_images,
     check_shape,
     check_sizes,
     network,
     softplus,
 )
+from models.priors import STANDARD, Prior, Setting, check_prior
 
 # --- configuration, model -------------------------------------------------------------------------
 
@@ -76,26 +77,26 @@ class Model:
 
     Attributes:
         condition: the kind of c, an object of ``models.conditions``. None for no condition.
-        prior_hidden: units of the hidden layers of the prior network. () for an affine map of the
-            condition's features, None for a standard normal prior.
+        prior: p(z | c), an object of ``models.priors``.
         x_shape: the shape of one x: (height, width) or (height, width, channels) for images, (D,)
             for vectors.
         num_latents: the dimensions of z.
         hidden: units of the decoder's hidden layers, from z to x.
         channels: channels of the convolutions between the image and the dense layers, from x to z.
             Each halves the image. () for none, as vectors need it.
-        activation: the function of arrays after each hidden layer.
+        activation: the function of arrays after each hidden layer, or a gate: ``jax.nn.glu``.
         likelihood: p(x | z, c), an object of ``models.likelihoods``.
         dtype: the type that the networks compute in, "float32" or "bfloat16". Parameters and the
             likelihood are float32.
 
     Raises:
-        ValueError: a size is not positive, the convolutions cannot halve the image, another dtype,
-            or a learned prior without a condition.
+        ValueError: a size is not positive, the convolutions cannot halve the image, or another
+            dtype.
+        TypeError: the prior is no object of ``models.priors``.
     """
 
     condition: Condition | None = None
-    prior_hidden: tuple[int, ...] | None = None
+    prior: Prior = STANDARD
     x_shape: tuple[int, ...] = (28, 28)
     num_latents: int = 20
     hidden: tuple[int, ...] = (500,)
@@ -111,13 +112,8 @@ class Model:
             self.dtype,
             num_latents=self.num_latents,
             hidden=self.hidden,
-            prior_hidden=self.prior_hidden,
         )
-        if self.prior_hidden is not None and self.condition is None:
-            raise ValueError(
-                f"prior_hidden: expected None without a condition, got {self.prior_hidden}; the "
-                f"learned prior is a function of c: give a condition, for example Labels(10)"
-            )
+        check_prior(self.prior)
 
     def prepare(self, key: Array, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Makes x from grey images. ``fit`` takes this function as ``preprocess``.
@@ -185,17 +181,21 @@ class Model:
             rngs=rngs,
         )
 
-    def _prior(self, c: Any) -> tuple[Any, Any]:
-        """``z_loc`` and ``z_scale``, (N, num_latents) each, or the numbers 0 and 1."""
-        condition, hidden = self.condition, self.prior_hidden
-        if condition is None or hidden is None:
-            return 0.0, 1.0
+    def _prior(self, c: Any) -> dist.Distribution:
+        """p(z | c), of batch shape () or (N,)."""
+        return self.prior(self._setting("z", self.num_latents), c)
 
-        def build(rngs: nnx.Rngs) -> PriorNetwork:
-            settings: Any = {"activation": self.activation, "dtype": self.dtype}
-            return PriorNetwork(condition, hidden, self.num_latents, **settings, rngs=rngs)
-
-        return network("prior", build)(jnp.asarray(c))
+    def _setting(self, site: str, num_latents: int) -> Setting:
+        """What the prior of a latent site is told."""
+        return Setting(
+            site,
+            num_latents,
+            self.x_shape,
+            self.condition,
+            self.likelihood,
+            self.activation,
+            self.dtype,
+        )
 
     def __call__(self, x: Float[Any, "N ..."] | None = None, c: Any = None) -> None:
         """Samples z and x, given c if there is a condition, and observes x if it is given.
@@ -210,10 +210,9 @@ class Model:
         check_given(self.condition, c)
         check_images(x, self.x_shape)
         decoder = network("decoder", self._decoder)
-        z_loc, z_scale = self._prior(c)
+        prior = self._prior(c)
         size = next((len(array) for array in (c, x) if array is not None), 1)
         with numpyro.plate("data", size):
-            prior = dist.Normal(z_loc, z_scale).expand([size, self.num_latents]).to_event(1)
             z = numpyro.sample("z", prior)
             x_given_z = self.likelihood(decoder(z, c)).to_event(len(self.x_shape))
             numpyro.sample("x", x_given_z, obs=x)
@@ -230,6 +229,8 @@ PRESETS = {
     "numpyro": Model(num_latents=50, hidden=(400,), activation=softplus),
     # Burda, Grosse & Salakhutdinov 2016, section 5: one stochastic layer
     "burda": Model(num_latents=50, hidden=(200, 200), activation=jnp.tanh),
+    # Tomczak & Welling 2018, section 6: gated layers
+    "tomczak": Model(num_latents=40, hidden=(300, 300), activation=jax.nn.glu),
     # hericks' JAX example, with and without labels: six latents, sigmoids
     "hericks": Model(num_latents=6, hidden=(128,), activation=jax.nn.sigmoid),
     # Kingma & Welling 2014, section 5: 500 units for MNIST, 200 for the Gaussian of Frey Face
