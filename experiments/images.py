@@ -39,11 +39,10 @@ from inference import (
     to_datatree,
 )
 from inference.evaluation import FEWEST_FOR_TAIL
-from models import guides, vae
+from models import guides, hierarchical, priors, vae
 from models.conditions import Labels
 from models.likelihoods import LIKELIHOODS, PIXEL_LIKELIHOODS, Likelihood, PixelLikelihood
 from models.networks import softplus
-from models.priors import STANDARD, LearnedNormal
 
 ENCODERS = ("network", "per-datum")
 JUDGING_SEED = 20_150_901  # It is folded with the run's seed, and gives the draws of the judges.
@@ -55,7 +54,10 @@ ACTIVATIONS: dict[str, Callable] = {
     "softplus": softplus,
     "silu": jax.nn.silu,
     "gelu": jax.nn.gelu,
+    "gated": jax.nn.glu,
 }
+PRESETS: dict[str, vae.Model] = {**vae.PRESETS, **hierarchical.PRESETS}
+GUIDES: dict[str, Callable[..., Any]] = {**guides.GUIDES, **hierarchical.GUIDES}
 
 
 def likelihood_of(name: str | None, record: Record) -> Likelihood | None:
@@ -117,6 +119,8 @@ class Config(Machines):
         preset: Model to start from, by name. The settings from hidden to likelihood change it.
         guide: Family of the guide: mean-field, structured, low-rank, full-covariance, flow,
             inverse-autoregressive, neural-spline, prior or semi-amortised.
+        guide_hidden: Units of the hidden layer by which the guide makes one site from those before
+            it, or of a flow's networks. Default: the family's.
         encoder: What gives the guide its numbers: network, or per-datum. per-datum is a table with
             a row for each image. It trains on all images at once and is fitted anew to the test
             images.
@@ -125,7 +129,12 @@ class Config(Machines):
         encoder_hidden: Units of the encoder's hidden layers, from x to z. Default: the decoder's,
             reversed.
         num_latents: Dimensions of z.
-        activation: Activation of the networks: relu, tanh, sigmoid, softplus, silu or gelu.
+        above: Dimensions of further stochastic layers above z, from x up. Between two layers are
+            the decoder's hidden layers, and the decoder sees all of them.
+        prior: Prior of z, or of the highest layer: standard, learned, mixture, vamp or flow.
+        num_components: Components of the prior mixture, or pseudo-inputs of the prior vamp.
+            Default: 10 and 500.
+        activation: Activation of the networks: relu, tanh, sigmoid, softplus, silu, gelu or gated.
         likelihood: Likelihood of the pixels: bernoulli, gaussian, gaussian-one-scale,
             gaussian-identity or discretized-logistic. Of a table also normal (any numbers, the
             default) or negative-binomial (counts).
@@ -158,11 +167,15 @@ class Config(Machines):
     num_test: int | None = None
     preset: str = "numpyro"
     guide: str = "mean-field"
+    guide_hidden: int | None = None
     encoder: str = "network"
     hidden: tuple[int, ...] | None = None
     channels: tuple[int, ...] | None = None
     encoder_hidden: tuple[int, ...] | None = None
     num_latents: int | None = None
+    above: tuple[int, ...] = ()
+    prior: str = "standard"
+    num_components: int | None = None
     activation: str | None = None
     likelihood: str | None = None
     dtype: str = "float32"
@@ -186,11 +199,12 @@ class Config(Machines):
 
     def __post_init__(self):
         super().__post_init__()
-        check_known(self, preset=vae.PRESETS, guide=guides.GUIDES, encoder=ENCODERS)
-        check_known(self, activation=ACTIVATIONS)
+        check_known(self, preset=PRESETS, guide=GUIDES, encoder=ENCODERS)
+        check_known(self, activation=ACTIVATIONS, prior=priors.PRIORS)
         check_known(self, likelihood=LIKELIHOODS, objective=OBJECTIVES, schedule=SCHEDULES)
         check_least(1, self, "num_train", "num_test", "num_latents", "num_epochs", "batch_size")
         check_least(1, self, "num_particles", "patience", "num_samples", "num_seeds")
+        check_least(1, self, "guide_hidden", "num_components")
         check_least(0, self, "seed")
         check_positive(self, "learning_rate", "clip_norm")
         check_fraction(self, "average")
@@ -205,6 +219,11 @@ class Config(Machines):
                     f"{name}: expected none with the encoder per-datum, whose every step takes all "
                     f"training images, got {getattr(self, name)}; leave it out"
                 )
+        if (self.encoder, self.prior) == ("per-datum", "vamp"):
+            raise ValueError(
+                "prior: expected another one with the encoder per-datum, which knows the training "
+                "images alone, got vamp, which asks it about pseudo-inputs; leave out one of them"
+            )
         for name in ("beta", "free_bits"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(
@@ -256,21 +275,31 @@ class Config(Machines):
         )
 
     def model(self, record: Record) -> vae.Model:
-        """The preset, with the settings that were given."""
+        """The preset, with the settings that were given, and the prior Normal(0, I)."""
         names = ("hidden", "channels", "num_latents", "dtype")
         changes = {name: getattr(self, name) for name in names}
         changes["activation"] = ACTIVATIONS.get(self.activation or "")
         changes["likelihood"] = likelihood_of(self.likelihood, record)
         changes = {name: value for name, value in changes.items() if value is not None}
-        return replace(vae.PRESETS[self.preset], x_shape=record.x_shape, **changes)
+        model = replace(PRESETS[self.preset], x_shape=record.x_shape, **changes)
+        return hierarchical.stacked(model, self.above) if self.above else model
 
     def make_guide(self, model: vae.Model, num_data: int) -> Any:
         """The guide of the model. ``num_data`` counts for a table with a row for each datum."""
+        if self.guide in hierarchical.GUIDES:
+            layered: Any = model  # the guide refuses another
+            return hierarchical.GUIDES[self.guide](layered)
         settings: dict[str, Any] = {}
         if self.encoder_hidden is not None:
             settings["encoder"] = partial(model.encoder, hidden=self.encoder_hidden)
+        if self.guide_hidden is not None:
+            settings["num_hidden"] = self.guide_hidden
         guide = guides.make(self.guide, model, **settings)
         return guide.per_datum(num_data) if self.encoder == "per-datum" else guide
+
+    def make_prior(self, guide: Any) -> priors.Prior:
+        """The prior. Some are made from the guide."""
+        return priors.make(self.prior, guide=guide, num_components=self.num_components)
 
 
 @dataclass(frozen=True)
@@ -278,18 +307,15 @@ class LabelConfig(Config):
     """Settings of an experiment on images given their label.
 
     Attributes:
-        prior: Prior of z: standard, or learned by a prior network that sees the label.
         num_embedded: Length of a learned vector that stands for a label. Default: one-hot labels.
         num_label_samples: Importance samples per test image and label, for the check of labels.
     """
 
-    prior: str = "standard"
     num_embedded: int | None = None
     num_label_samples: int = 100
 
     def __post_init__(self):
         super().__post_init__()
-        check_known(self, prior=("standard", "learned"))
         check_least(1, self, "num_embedded", "num_label_samples")
 
     def data(self) -> Dataset:
@@ -307,7 +333,6 @@ class LabelConfig(Config):
         return replace(
             super().model(record),
             condition=Labels(record.num_classes or 0, self.num_embedded),
-            prior=LearnedNormal() if self.prior == "learned" else STANDARD,
         )
 
 
@@ -315,9 +340,10 @@ class LabelConfig(Config):
 
 
 def programs(config: Config, record: Record, name: str, fits: Fits) -> tuple[Any, Any]:
-    """The model and its guide."""
+    """The model and its guide. The guide is made first, as the prior may be made from it."""
     model = config.model(record)
-    return model, config.make_guide(model, record.num_data)
+    guide = config.make_guide(model, record.num_data)
+    return replace(model, prior=config.make_prior(guide)), guide
 
 
 def training(config: Config, data: Dataset, name: str, fits: Fits) -> dict[str, Any]:
@@ -406,10 +432,9 @@ def summarize(
     model: Any = fits["fit"].model
     terms, high = judged.terms, judged.log_likelihood.high_pareto_k
     likelihood = number(judged.log_likelihood)
-    variance, error = terms.activity["z"]
-    per_dim = terms.kl_per_dim.get("z")  # None if the divergence is no sum over dimensions
+    layers = {name: _layer(terms, name) for name in terms.z_loc}
     summary = {
-        "num_latents": model.num_latents,
+        "num_latents": sum(layer["num_latents"] for layer in layers.values()),
         "elbo": number(terms.elbo),
         "reconstruction": number(terms.reconstruction),
         "kl": number(terms.kl),
@@ -417,15 +442,8 @@ def summarize(
         "published": published_number(config, data, model, published),
         "pareto_k": high and number(high) | {"threshold": pareto_k_threshold(config.num_samples)},
         "bits_per_dim": bits_per_dim(model, likelihood),
-        "active_units": float(terms.active["z"].sum(1).mean()),
-        # by seed and dimension
-        "activity": {"estimate": variance.tolist(), "standard_error": error.tolist()},
-        "kl_per_dim": None
-        if per_dim is None
-        else {
-            "estimate": per_dim.mean(1).tolist(),
-            "standard_error": (per_dim.std(1) / np.sqrt(per_dim.shape[1])).tolist(),
-        },
+        "active_units": sum(layer["active_units"] for layer in layers.values()),
+        "layers": layers,
     }
     if judged.labels is not None:
         summary["labels"] = {
@@ -436,11 +454,28 @@ def summarize(
     return summary
 
 
+def _layer(terms: ElboTerms, site: str) -> dict[str, Any]:
+    """What ``result.json`` says of one latent site. Lists are by seed and dimension."""
+    variance, error = terms.activity[site]
+    per_dim = terms.kl_per_dim.get(site)  # None if the divergence is no sum over dimensions
+    return {
+        "num_latents": variance.shape[1],
+        "active_units": float(terms.active[site].sum(1).mean()),
+        "activity": {"estimate": variance.tolist(), "standard_error": error.tolist()},
+        "kl_per_dim": None
+        if per_dim is None
+        else {
+            "estimate": per_dim.mean(1).tolist(),
+            "standard_error": (per_dim.std(1) / np.sqrt(per_dim.shape[1])).tolist(),
+        },
+    }
+
+
 def published_number(
     config: Config, data: Dataset, model: vae.Model, published: Mapping[str, tuple[float, str]]
 ) -> dict[str, Any] | None:
     """What the paper of a preset prints. None where the model, the guide or the data differ."""
-    same = model == vae.PRESETS[config.preset] and config.encoder_hidden is None
+    same = model == PRESETS[config.preset] and config.encoder_hidden is None
     if not same or (data.name, config.guide) != ("mnist", "mean-field"):
         return None
     if config.preset not in published:
@@ -468,8 +503,15 @@ def tree(config: Config, data: Dataset, fits: Fits, judged: Judged) -> DataTree:
         *(() if judged.labels is None else (judged.labels,)),
         posterior=judged.draws,
         constant_data={"c": data.test["c"]} if "c" in data.test else None,
-        dims={"z": ["data", "latent"]},
+        dims=latent_dims(judged.draws),
     )
+
+
+def latent_dims(draws: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of the axes of latent sites, for ArviZ."""
+    if len(draws) == 1:
+        return {name: ["data", "latent"] for name in draws}
+    return {name: ["data", f"latent_{name}"] for name in draws}
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -507,8 +549,18 @@ def table(result: Mapping[str, Any]) -> str:
         f"error {likelihood['monte_carlo_error']:.3f}"
         + ("" if pareto_k else f"; k-hat: not available, needs {FEWEST_FOR_TAIL} samples")
         + (f"; target: {published['source']}" if published else "")
-        + f"\nactive units: {result['active_units']:g} of {result['num_latents']}"
+        + f"\nactive units: {active_units(result)}"
     )
+
+
+def active_units(result: Mapping[str, Any]) -> str:
+    """How many dimensions of z the guide uses, in words, layer by layer."""
+    layers = {
+        name: f"{v['active_units']:g} of {v['num_latents']}" for name, v in result["layers"].items()
+    }
+    if len(layers) == 1:
+        return next(iter(layers.values()))
+    return ", ".join(f"{name} {words}" for name, words in sorted(layers.items()))
 
 
 def figures(
@@ -531,11 +583,14 @@ def figures(
         "interpolations": pictures.interpolations(fitted, test, words, z_loc),
     }
     last = None if c is None else c[-1]
-    if result["num_latents"] == 2:
+    if len(result["layers"]) > 1:
+        return drawn  # the dimensions of one layer are no picture without the others
+    [layer] = result["layers"].values()
+    if layer["num_latents"] == 2:
         return drawn | {"latents": pictures.plane(fitted, words, last)}
-    name = "kl_per_dim" if result["kl_per_dim"] else "activity"
-    measure = "its KL (nats)" if result["kl_per_dim"] else "variance of its mean"
-    holds = np.array(result[name]["estimate"][0])
+    name = "kl_per_dim" if layer["kl_per_dim"] else "activity"
+    measure = "its KL (nats)" if layer["kl_per_dim"] else "variance of its mean"
+    holds = np.array(layer[name]["estimate"][0])
     return drawn | {"latents": pictures.traversals(fitted, words, holds, measure, last)}
 
 

@@ -145,7 +145,11 @@ def samples(result: Fit, words: str, c: Any = None) -> Figure:
     """
     one, given = result.isel(seed=0), {} if c is None else {"c": np.asarray(c)}
     drawn = sample_prior_predictive(one, 100 if c is None else 10, key=random.key(0), **given)
-    z = {"z": drawn["z"][0].swapaxes(0, 1).reshape(1, -1, *drawn["z"].shape[3:])}
+    z = {
+        name: draws[0].swapaxes(0, 1).reshape(1, -1, *draws.shape[3:])
+        for name, draws in drawn.items()
+        if name != "x"
+    }
     means = _means(one, z, None if c is None else np.repeat(c, 10, axis=0))
     return grid(
         to_grey(one.model, means.reshape(-1, 10, *means.shape[1:])),

@@ -136,7 +136,10 @@ class ElboTerms:
         kl_of_globals: by global site, (seed,), likewise, in nats per datum of the training data.
         kl_per_dim: by latent site, (seed, N, dimensions), where guide and prior factorise over
             dimensions and NumPyro knows the formula.
-        z_loc: by latent site, (seed, N, dimensions), the mean of q(z | x, c).
+        z_loc: by latent site, (seed, N, dimensions), the mean of q(z | x, c). Of a site that
+            follows others it is the mean over their draws.
+        z_loc_noise: likewise, half the difference of that mean between two halves of the draws.
+            Zero for a site that follows no other.
     """
 
     elbo: Estimate
@@ -146,15 +149,21 @@ class ElboTerms:
     kl_of_globals: dict[str, Float[np.ndarray, " seed"]]
     kl_per_dim: dict[str, Float[np.ndarray, "seed N _"]]
     z_loc: dict[str, Float[np.ndarray, "seed N _"]]
+    z_loc_noise: dict[str, Float[np.ndarray, "seed N _"]]
 
     @property
     def activity(
         self,
     ) -> dict[str, tuple[Float[np.ndarray, "seed _"], Float[np.ndarray, "seed _"]]]:
-        """By latent site: the variance over data of z_loc, and its standard error."""
+        """By latent site: the variance over data of z_loc, and its standard error.
+
+        It is the covariance of two halves of the draws. So what z_loc varies by the draws of the
+        sites before does not count, on average.
+        """
         moments = {}
         for name, z_loc in self.z_loc.items():
-            squares = (z_loc - z_loc.mean(1, keepdims=True)) ** 2
+            centred, noise = (a - a.mean(1, keepdims=True) for a in (z_loc, self.z_loc_noise[name]))
+            squares = centred**2 - noise**2
             moments[name] = squares.mean(1), squares.std(1) / np.sqrt(squares.shape[1])
         return moments
 
@@ -280,6 +289,7 @@ def elbo_terms(
         },
         kl_per_dim=found["kl_per_dim"],
         z_loc=found["z_loc"],
+        z_loc_noise=found["z_loc_noise"],
     )
 
 
@@ -719,7 +729,21 @@ def _mean_terms(
         terms, log_q = jax.vmap(at)(joint)
         return jax.tree.map(lambda term: _expected(term, log_q), terms)
 
-    return jax.tree.map(lambda x: x.mean(0), lax.map(draw, random.split(key, num_samples)))
+    terms = lax.map(draw, random.split(key, num_samples))
+    terms["z_loc_noise"] = {name: _half_difference(z) for name, z in terms["z_loc"].items()}
+    return jax.tree.map(lambda x: x.mean(0), terms)
+
+
+def _half_difference(draws: Float[Array, "draw N z"]) -> Float[Array, "1 N z"]:
+    """Half the difference of the means of two halves of the draws. Zero for a single draw.
+
+    Its variance by the draws is that of the mean over all.
+    """
+    half = len(draws) // 2
+    if not half:
+        return jnp.zeros_like(draws)
+    first, second = draws[:half].mean(0), draws[half : 2 * half].mean(0)
+    return ((2 * half / len(draws)) ** 0.5 * (first - second) / 2)[None]
 
 
 def _terms(

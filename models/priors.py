@@ -30,6 +30,7 @@ event shape (num_latents,). Its numbers are the site ``prior``; a VampPrior's ar
 the site ``pseudo_inputs``.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -363,3 +364,30 @@ class _Looks(Messenger):
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "param":
             self.is_in_param = False
+
+
+# --- by name --------------------------------------------------------------------------------------
+
+PRIORS: dict[str, Callable[..., Prior]] = {
+    "standard": StandardNormal,
+    "learned": LearnedNormal,
+    "mixture": MixtureOfNormals,
+    "vamp": VampPrior,
+    "flow": FlowPrior,
+}
+
+
+def make(name: str, **settings: Any) -> Prior:
+    """The prior of a name. It ignores the settings of other priors, and those that are None.
+
+    Args:
+        name: one of ``PRIORS``.
+        settings: fields of any prior, for example ``guide`` and ``num_components``.
+
+    Raises:
+        ValueError: no such prior.
+    """
+    if name not in PRIORS:
+        raise ValueError(f"prior: expected one of {', '.join(PRIORS)}, got {name!r}")
+    known = inspect.signature(PRIORS[name]).parameters
+    return PRIORS[name](**{n: v for n, v in settings.items() if n in known and v is not None})

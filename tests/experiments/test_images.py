@@ -48,7 +48,7 @@ def test_the_numbers_agree_with_one_another(finished):
     assert result["log_likelihood"]["num_samples"] == config.num_samples
     if config.num_samples > 10:  # an ELBO of 10 draws against a bound of more
         assert result["log_likelihood"]["estimate"] > result["elbo"]["estimate"]
-    variance = np.array(result["activity"]["estimate"])
+    variance = np.array(result["layers"]["z"]["activity"]["estimate"])
     assert variance.shape == (config.num_seeds, config.num_latents)
     assert result["active_units"] == (variance > 0.01).sum(1).mean()
     assert {path.stem for path in finished.path.glob("*.png")} == FIGURES
@@ -56,13 +56,13 @@ def test_the_numbers_agree_with_one_another(finished):
 
 def test_the_divergence_by_dimension(run_of):
     result = run_of("mnist_cvae").result
-    by_seed = np.sum(result["kl_per_dim"]["estimate"], axis=1)
+    by_seed = np.sum(result["layers"]["z"]["kl_per_dim"]["estimate"], axis=1)
     np.testing.assert_allclose(by_seed, result["kl"]["per_seed"], rtol=1e-4)
 
 
 @pytest.mark.slow
 def test_a_low_rank_guide_has_no_divergence_by_dimension(run_of):
-    assert run_of("svhn_vae").result["kl_per_dim"] is None
+    assert run_of("svhn_vae").result["layers"]["z"]["kl_per_dim"] is None
 
 
 def test_arviz_reads_the_numbers_by_image(finished):
@@ -161,7 +161,7 @@ def test_a_guide_by_its_name(guide, encoder, tmp_path):
     result = mnist_cvae.main(config)
     assert np.isfinite(result["log_likelihood"]["per_seed"]).all()
     assert np.ptp(result["log_likelihood"]["per_seed"]) > 0
-    assert (result["kl_per_dim"] is None) == (guide == "flow")
+    assert (result["layers"]["z"]["kl_per_dim"] is None) == (guide == "flow")
     assert ("labels" in result) == (encoder != "per-datum")
     assert {path.stem for path in (tmp_path / "run").glob("*.png")} == FIGURES
     assert runs.load(tmp_path / "run").fit.num_seeds == 2

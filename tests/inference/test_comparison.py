@@ -74,7 +74,9 @@ def make_numbers(*, seed=0, num_seeds=3, worse=0.0, data=DATA, pareto_k=None):
         pareto_k = np.broadcast_to(np.asarray(pareto_k, float), values.shape).copy()
     elbo = Estimate("elbo", values - 1.0, 1, data)
     others = [dataclasses.replace(elbo, name=name) for name in ("reconstruction", "kl")]
-    terms = ElboTerms(elbo, *others, kl_by_site={}, kl_of_globals={}, kl_per_dim={}, z_loc={})
+    terms = ElboTerms(
+        elbo, *others, kl_by_site={}, kl_of_globals={}, kl_per_dim={}, z_loc={}, z_loc_noise={}
+    )
     return terms, Estimate("log_likelihood", values, 1000, data, pareto_k=pareto_k)
 
 

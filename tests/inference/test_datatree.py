@@ -92,7 +92,9 @@ def make_estimate(name="log_likelihood", num_seeds=3, num_samples=1000, data=DAT
 def make_terms(num_seeds=3, data=DATA):
     names = ("elbo", "reconstruction", "kl")
     parts = [make_estimate(n, num_seeds, 1, data, k=False, seed=i) for i, n in enumerate(names)]
-    return ElboTerms(*parts, kl_by_site={}, kl_of_globals={}, kl_per_dim={}, z_loc={})
+    return ElboTerms(
+        *parts, kl_by_site={}, kl_of_globals={}, kl_per_dim={}, z_loc={}, z_loc_noise={}
+    )
 
 
 def make_draws(num_seeds=3):
