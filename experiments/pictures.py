@@ -143,21 +143,33 @@ def samples(result: Fit, words: str, c: Any = None) -> Figure:
         words: as in ``elbo_traces``.
         c: conditions, (M, ...), or None for a model without.
     """
-    one, given = result.isel(seed=0), {} if c is None else {"c": np.asarray(c)}
-    drawn = sample_prior_predictive(one, 100 if c is None else 10, key=random.key(0), **given)
-    z = {
-        name: draws[0].swapaxes(0, 1).reshape(1, -1, *draws.shape[3:])
-        for name, draws in drawn.items()
-        if name != "x"
-    }
-    means = _means(one, z, None if c is None else np.repeat(c, 10, axis=0))
+    one = result.isel(seed=0)
+    means = from_prior(one, 100 if c is None else 10, c)
     return grid(
         to_grey(one.model, means.reshape(-1, 10, *means.shape[1:])),
         f"{words}: means of p(x | z{'' if c is None else ', c'}), z from the prior",
         x_label="draws of z",
         y_label="draws of z" if c is None else "label c",
-        row_labels=() if c is None else [str(label) for label in given["c"]],
+        row_labels=() if c is None else [str(label) for label in np.asarray(c)],
     )
+
+
+def from_prior(one: Fit, count: int, c: Any = None) -> np.ndarray:
+    """Means of x at latents from the prior, (count, ...), or (conditions * count, ...).
+
+    Args:
+        one: a fit of one seed.
+        count: how many, for each condition if there are any.
+        c: conditions, (M, ...), or None for a model without.
+    """
+    given = {} if c is None else {"c": np.asarray(c)}
+    drawn = sample_prior_predictive(one, count, key=random.key(0), **given)
+    latents = {
+        name: draws[0].swapaxes(0, 1).reshape(1, -1, *draws.shape[3:])
+        for name, draws in drawn.items()
+        if name != "x"
+    }
+    return _means(one, latents, None if c is None else np.repeat(c, count, axis=0))
 
 
 def plane(result: Fit, words: str, c: Any = None) -> Figure:

@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +72,10 @@ def run(experiment: Experiment, config: Any) -> dict[str, Any]:
 
 
 def run_many(
-    experiment: Experiment, config: Any, settings: Mapping[str, Mapping[str, Any]]
+    experiment: Experiment,
+    config: Any,
+    settings: Mapping[str, Mapping[str, Any]],
+    others: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Runs an experiment several times, in one directory.
 
@@ -80,6 +83,7 @@ def run_many(
         experiment: the script.
         config: the settings that all runs have.
         settings: by the name of a run, its own settings.
+        others: what else the directory may hold.
 
     Returns:
         What each ``result.json`` holds, by the name of the run.
@@ -92,7 +96,7 @@ def run_many(
             parent = None
             if devices.is_first():
                 parent = config.out or runs.new_directory(Path("runs"), experiment.name)
-                strangers = {p.name for p in parent.glob("[!.]*")} - settings.keys()
+                strangers = {p.name for p in parent.glob("[!.]*")} - {*settings, *others}
                 if strangers:
                     raise ValueError(
                         f"out: expected a new or empty directory, or these runs' own; {parent} "
