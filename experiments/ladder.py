@@ -77,7 +77,7 @@ class Rung:
 
 def _weighted(preset: str, num_particles: int) -> dict[str, Any]:
     settings = {"preset": preset, "objective": "importance-weighted"}
-    return settings | {"num_particles": num_particles}
+    return settings | {"num_particles": num_particles, "kl_warm_up": 0.0}  # no divergence to weigh
 
 
 _GATED = {"preset": "tomczak"}
@@ -193,7 +193,7 @@ class Config(Machines):
         learning_rate: Learning rate of Adam at the first step. Default: 1e-3, falling to zero along
             a cosine; with --full the paper's.
         kl_warm_up: Epochs over which the weight of the KL divergence rises. Default: a fifth of
-            them all, with --full the paper's.
+            them all, with --full the paper's. Importance weighting has none.
         full: Whether to train as the papers do. It takes days on two cores.
         num_samples: Importance samples per test image.
         num_seeds: Number of restarts of each rung.
@@ -255,7 +255,7 @@ class Config(Machines):
             protocol = dict(rung.protocol) if self.full else _short(own.get("num_epochs", 20))
             vamp = rung.settings.get("prior") == "vamp"
             pseudo = {"num_components": self.num_components} if vamp else {}
-            found[name] = common | dict(rung.settings) | protocol | pseudo | own
+            found[name] = common | protocol | own | dict(rung.settings) | pseudo
         return found
 
 
