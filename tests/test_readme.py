@@ -54,6 +54,8 @@ SMALL = {
     "--num-train 200 --num-test 20 --num-samples 5 --no-progress",
     "svhn_vae": "--dataset digits --channels 4 8 --hidden 8 --num-epochs 1 --num-train 200 "
     "--num-test 20 --num-samples 5 --no-progress",
+    "ladder": "--dataset digits --num-epochs 1 --num-train 200 --num-test 20 --num-samples 5 "
+    "--num-components 5 --no-progress",
     "mnist_semi": "--dataset digits --num-labels 20 --rows term --num-draws 1 --num-epochs 1 "
     "--num-test 20 --num-samples 5 --num-label-samples 2 --no-progress",
     "compare": "",
