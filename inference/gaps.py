@@ -14,10 +14,12 @@ q* is fitted to the judged data with the model held.
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import random
@@ -35,7 +37,7 @@ from inference.evaluation import log_likelihood as importance_sampled
 from inference.fit import Fit, programs_of
 from inference.held import Held
 from inference.objectives import StickingTheLanding
-from inference.sites import HasPerDatum, length, stored_names
+from inference.sites import HasPerDatum, abstract, abstract_sites, length, stored_names
 
 NAME = "inference_gap"
 NUM_ROUNDS = 10  # The draws of an ELBO come in so many rounds. Their deviation is the error.
@@ -302,12 +304,15 @@ def _best(result: Fit, seed: int, block: Prepared, key: Array, training: _Traini
     guide = result.guide.per_datum(length(block))
     known = values_of(result, seed)
     held = {n: known[n] for n in stored_names(result.model, block) & known.keys()}
+    # A model that runs the fitted guide keeps that one's numbers, under the new guide's names.
+    apart = {n: held.pop(n) for n in _of_other_shape(guide, block, held)}
+    model = Held(result.model, apart) if apart else result.model
     mutable = {n: value for n, value in held.items() if n in result.mutable}
     params = {n: value for n, value in held.items() if n not in mutable}
     trace = np.zeros((1, 0), np.float32)  # if there is nothing to fit
     if stored_names(guide, block) - held.keys():
         fitted = fit(
-            Held(result.model, held),
+            Held(model, held),
             Held(guide, held),  # it may run the model
             block,
             objective=_objective(result, block),
@@ -319,8 +324,19 @@ def _best(result: Fit, seed: int, block: Prepared, key: Array, training: _Traini
         )
         params, mutable = params | fitted.params_of(0), mutable | fitted.mutable_of(0)
         trace = fitted.elbo
-    found = Fit.from_params(result.model, guide, params, example=block, mutable=mutable)
+    found = Fit.from_params(model, guide, params, example=block, mutable=mutable)
     return replace(found, elbo=trace)
+
+
+def _of_other_shape(guide: Any, block: Prepared, held: Mapping[str, Any]) -> list[str]:
+    """The names of values that a guide has for parameters of another shape."""
+    sites = abstract_sites(guide, 0, abstract(block))
+    return [
+        name
+        for name, value in held.items()
+        if name in sites
+        and jax.tree.map(jnp.shape, sites[name]["value"]) != jax.tree.map(jnp.shape, value)
+    ]
 
 
 # --- numbers --------------------------------------------------------------------------------------
