@@ -52,8 +52,7 @@ from jaxtyping import Array, Float
 from numpyro import handlers
 
 from models import vae
-from models.conditions import check_given
-from models.networks import MLP, Decoder, check_images, check_sizes, gates, network, positive
+from models.networks import MLP, Decoder, check_sizes, gates, network, positive
 
 # --- configuration, model -------------------------------------------------------------------------
 
@@ -81,8 +80,8 @@ class Layer:
 class Model(vae.Model):
     """The program p(x, z_1, ..., z_L | c). Without ``x`` it generates.
 
-    It has the fields of ``models.vae.Model``: ``num_latents`` is that of z_1, ``hidden`` lies
-    between z_1 and x, ``prior`` is that of z_L. Two more are its own.
+    The fields are those of ``models.vae.Model``, and two more. Here ``num_latents`` counts z_1.
+    ``hidden`` lies between z_1 and x. ``prior`` is the prior of z_L.
 
     Attributes:
         above: the layers above z_1, the lowest first. () for one stochastic layer.
@@ -123,13 +122,19 @@ class Model(vae.Model):
             z: the value of z_{i+1}.
             c: conditions, or None.
         """
+        layer, size = self.above[i - 1], self.sizes[i - 1]
+        return self._normal(f"z{i}_from_above", layer.num_latents, layer.hidden, size, z, c)
+
+    def _normal(
+        self, site: str, num_inputs: int, hidden: tuple[int, ...], size: int, z: Any, c: Any
+    ) -> tuple[Array, Array]:
+        """Location and scale, (N, size) each, by a network from z and c: the site of that name."""
 
         def build(rngs: nnx.Rngs) -> Decoder:
-            layer = self.above[i - 1]
             return Decoder(
-                layer.num_latents,
-                layer.hidden,
-                (self.sizes[i - 1],),
+                num_inputs,
+                hidden,
+                (size,),
                 num_outputs=2,
                 condition=self.condition,
                 activation=self.activation,
@@ -137,32 +142,16 @@ class Model(vae.Model):
                 rngs=rngs,
             )
 
-        outputs = network(f"z{i}_from_above", build)(z, c)
+        outputs = network(site, build)(z, c)
         return outputs[:, 0], positive(outputs[:, 1])
 
-    def __call__(self, x: Float[Any, "N ..."] | None = None, c: Any = None) -> None:
-        """Samples z_L, ..., z_1 and x, given c if there is one, and observes x if it is given.
-
-        Args:
-            x: images (N, *x_shape) as ``prepare`` makes them. None to generate.
-            c: conditions (N, ...). None if the model has none.
-
-        Raises:
-            ValueError: arrays of another shape or type.
-        """
-        check_given(self.condition, c)
-        check_images(x, self.x_shape)
-        decoder = network("decoder", self._decoder)
-        prior = self._prior(c)
-        size = next((len(array) for array in (c, x) if array is not None), 1)
-        with numpyro.plate("data", size):
-            z = [numpyro.sample(self.names[-1], prior)]
-            for i in range(len(self.above), 0, -1):
-                fn = dist.Normal(*self.given_above(i, z[0], c)).to_event(1)
-                z.insert(0, numpyro.sample(f"z{i}", fn))
-            codes = jnp.concatenate(z, axis=-1) if self.skip else z[0]
-            x_given_z = self.likelihood(decoder(codes, c)).to_event(len(self.x_shape))
-            numpyro.sample("x", x_given_z, obs=x)
+    def _draw(self, prior: dist.Distribution, c: Any) -> Array:
+        """Draws z_L, ..., z_1, and returns what the decoder sees of them."""
+        z = [numpyro.sample(self.names[-1], prior)]
+        for i in range(len(self.above), 0, -1):
+            fn = dist.Normal(*self.given_above(i, z[0], c)).to_event(1)
+            z.insert(0, numpyro.sample(f"z{i}", fn))
+        return jnp.concatenate(z, axis=-1) if self.skip else z[0]
 
 
 def stacked(model: vae.Model, sizes: tuple[int, ...], skip: bool = True) -> Model:
@@ -230,22 +219,8 @@ class BottomUp(Guide):
 
     def given_below(self, i: int, layer: Layer, z: Array, c: Any) -> tuple[Array, Array]:
         """Location and scale of q(z_i | z_{i-1}, c), each (N, dimensions)."""
-        model = self.model
-
-        def build(rngs: nnx.Rngs) -> Decoder:
-            return Decoder(
-                model.sizes[i - 2],
-                layer.hidden[::-1],
-                (layer.num_latents,),
-                num_outputs=2,
-                condition=model.condition,
-                activation=model.activation,
-                dtype=model.dtype,
-                rngs=rngs,
-            )
-
-        outputs = network(f"z{i}_from_below", build)(z, c)
-        return outputs[:, 0], positive(outputs[:, 1])
+        size, hidden = self.model.sizes[i - 2], layer.hidden[::-1]
+        return self.model._normal(f"z{i}_from_below", size, hidden, layer.num_latents, z, c)
 
 
 @dataclass(frozen=True)

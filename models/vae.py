@@ -197,6 +197,10 @@ class Model:
             self.dtype,
         )
 
+    def _draw(self, prior: dist.Distribution, c: Any) -> Array:
+        """Draws z, and returns what the decoder sees of it, (N, numbers)."""
+        return numpyro.sample("z", prior)
+
     def __call__(self, x: Float[Any, "N ..."] | None = None, c: Any = None) -> None:
         """Samples z and x, given c if there is a condition, and observes x if it is given.
 
@@ -213,7 +217,7 @@ class Model:
         prior = self._prior(c)
         size = next((len(array) for array in (c, x) if array is not None), 1)
         with numpyro.plate("data", size):
-            z = numpyro.sample("z", prior)
+            z = self._draw(prior, c)
             x_given_z = self.likelihood(decoder(z, c)).to_event(len(self.x_shape))
             numpyro.sample("x", x_given_z, obs=x)
 
