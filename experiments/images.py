@@ -219,6 +219,13 @@ class Config(Machines):
                     f"{name}: expected none with the encoder per-datum, whose every step takes all "
                     f"training images, got {getattr(self, name)}; leave it out"
                 )
+        own = ("encoder_hidden", "guide_hidden") if self.guide in hierarchical.GUIDES else ()
+        for name in (*own, *(["encoder"] if own and self.encoder != "network" else [])):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: expected none with the guide {self.guide}, whose networks have the "
+                    f"model's hidden layers, got {getattr(self, name)}; leave it out"
+                )
         if (self.encoder, self.prior) == ("per-datum", "vamp"):
             raise ValueError(
                 "prior: expected another one with the encoder per-datum, which knows the training "
@@ -287,8 +294,12 @@ class Config(Machines):
     def make_guide(self, model: vae.Model, num_data: int) -> Any:
         """The guide of the model. ``num_data`` counts for a table with a row for each datum."""
         if self.guide in hierarchical.GUIDES:
-            layered: Any = model  # the guide refuses another
-            return hierarchical.GUIDES[self.guide](layered)
+            if not isinstance(model, hierarchical.Model):
+                raise ValueError(
+                    f"guide: expected a family for one stochastic layer, got {self.guide}, which "
+                    f"is for several; add --above with the dimensions of the layers above z"
+                )
+            return hierarchical.GUIDES[self.guide](model)
         settings: dict[str, Any] = {}
         if self.encoder_hidden is not None:
             settings["encoder"] = partial(model.encoder, hidden=self.encoder_hidden)

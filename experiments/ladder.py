@@ -128,7 +128,7 @@ RUNGS: dict[str, Rung] = {
     ),
     "mixture": Rung("vae, prior a mixture of 10 Normals", {**_GATED, "prior": "mixture"}),
     "flow-prior": Rung("vae, prior a flow", {**_GATED, "prior": "flow"}),
-    "top-down": Rung("hvae, top-down guide", {**_TWO, "guide": "top-down"}),
+    "top-down": Rung("hvae, top-down guide", {"preset": "tomczak-two-layers", "guide": "top-down"}),
     "burda": Rung(
         "784-200-200-50, K = 1", {"preset": "burda"}, {"mnist": (-86.76, BURDA)}, OF_BURDA
     ),
