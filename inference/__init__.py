@@ -41,6 +41,7 @@ from inference.objectives import (
     DoublyReparameterized,
     FreeBits,
     Hybrid,
+    ImportanceWeighted,
     KLWarmUp,
     KLWeighted,
     LabelTerm,
@@ -50,7 +51,7 @@ from inference.objectives import (
     traits,
 )
 from inference.optimizers import precondition
-from inference.particles import antithetic
+from inference.particles import InPieces, antithetic
 from inference.prediction import LabelProbabilities, Prediction, plot_reliability, predict
 
 __all__ = [
@@ -65,6 +66,8 @@ __all__ = [
     "FreeBits",
     "Held",
     "Hybrid",
+    "ImportanceWeighted",
+    "InPieces",
     "InferenceGap",
     "Interrupted",
     "KLWarmUp",

@@ -8,6 +8,7 @@ The objectives in this file also work in NumPyro's ``SVI``.
 | object                    | its gradient                                                     |
 |---------------------------|------------------------------------------------------------------|
 | ``StickingTheLanding``    | the ELBO's, without noise where the guide is the posterior       |
+| ``ImportanceWeighted``    | that of NumPyro's ``RenyiELBO``, for many particles too          |
 | ``DoublyReparameterized`` | the importance-weighted bound's, of use to the guide for every K |
 | ``KLWeighted``            | an ELBO's, with beta times the divergence (a beta-VAE)           |
 | ``KLWarmUp``              | the same, and beta rises to 1 while training warms up            |
@@ -47,6 +48,7 @@ from numpyro.infer.util import compute_log_probs
 from numpyro.util import check_model_guide_match
 
 from inference._scaling import Derived, Rescale
+from inference.particles import InPieces
 from inference.sites import (
     UNKNOWN,
     DataPlates,
@@ -60,6 +62,8 @@ from inference.sites import (
     is_observed,
     trace_of,
 )
+
+IN_PIECES = InPieces()  # how many particles are evaluated, where nothing else is said
 
 # --- what an objective answers --------------------------------------------------------------------
 
@@ -281,8 +285,15 @@ class KLWeighted(Derived):
         return _with_gradient_of(plain, evaluate(model, guide)[0]), state
 
 
+@jax.custom_jvp
 def _with_gradient_of(value: Any, other: Any) -> Any:
-    return other + lax.stop_gradient(value - other)
+    """``value``, with the gradient of ``other``. The value of ``other`` is not needed."""
+    return value
+
+
+@_with_gradient_of.defjvp
+def _gradient_of_other(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    return primals[0], tangents[1]
 
 
 class FreeBits(Derived):
@@ -399,6 +410,8 @@ class StickingTheLanding(ELBO):
 
     Args:
         num_particles: draws of z per datum.
+        vectorize_particles: how they are evaluated. The default needs no more memory for more than
+            ten of them, and one more forward pass. True is all at once.
 
     Raises:
         ValueError: ``num_particles`` is below 1. In use: the draws of a latent site have no
@@ -407,9 +420,9 @@ class StickingTheLanding(ELBO):
 
     traits = Traits(weighable_divergence=True)
 
-    def __init__(self, num_particles: int = 1):
+    def __init__(self, num_particles: int = 1, vectorize_particles: Any = IN_PIECES):
         _check_count("num_particles", num_particles)
-        super().__init__(num_particles)
+        super().__init__(num_particles, vectorize_particles)
 
     def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
         """The loss: its value is minus the ELBO."""
@@ -420,7 +433,30 @@ class StickingTheLanding(ELBO):
             total = lambda terms: sum(terms[name].sum() for name in sorted(terms))  # noqa: E731
             return jnp.asarray(total(log_p) - total(log_q))
 
-        return -jax.vmap(particle)(_keys(rng_key, self.num_particles)).mean()
+        keys = _keys(rng_key, self.num_particles)
+        return -self.vectorize_particles_fn(particle, keys).mean()
+
+
+class ImportanceWeighted(RenyiELBO):
+    """The importance-weighted bound of Burda et al. 2016 (equation 8), for many particles too.
+
+    It is NumPyro's ``RenyiELBO`` of order 0, with the same draws. If every site lies in a data
+    plate, each datum has its own weights. ``RenyiELBO`` evaluates all particles at once. So the
+    memory of its step grows with their number.
+
+    Args:
+        num_particles: K, draws of z per datum.
+        vectorize_particles: as in ``StickingTheLanding``.
+
+    Raises:
+        ValueError: ``num_particles`` is below 1.
+    """
+
+    def __init__(self, num_particles: int = 2, vectorize_particles: Any = IN_PIECES):
+        _check_count("num_particles", num_particles)
+        super().__init__(num_particles=num_particles)
+        self.vectorize_particles = vectorize_particles
+        self.vectorize_particles_fn = self._assign_vectorize_particles_fn(vectorize_particles)
 
 
 class DoublyReparameterized(ELBO):
@@ -443,6 +479,7 @@ class DoublyReparameterized(ELBO):
 
     Args:
         num_particles: K, draws of z per datum.
+        vectorize_particles: as in ``StickingTheLanding``.
 
     Raises:
         ValueError: as ``StickingTheLanding``. In use: a site lies outside the plates of the data,
@@ -451,16 +488,17 @@ class DoublyReparameterized(ELBO):
 
     traits = Traits()
 
-    def __init__(self, num_particles: int = 2):
+    def __init__(self, num_particles: int = 2, vectorize_particles: Any = IN_PIECES):
         _check_count("num_particles", num_particles)
-        super().__init__(num_particles)
+        super().__init__(num_particles, vectorize_particles)
 
     def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
         """The loss: its value is minus the importance-weighted bound."""
         plates = _data_plates(model, param_map, args, kwargs)
 
         def log_weights(share: Float[Array, "particle batch"] | None) -> Any:
-            def particle(key: Array, share: Any) -> Array:
+            def particle(of_particle: tuple[Array, Array | None]) -> Array:
+                key, share = of_particle
                 path = None if share is None else (plates, share)
                 densities = _along_the_path(key, param_map, model, guide, args, kwargs, path)
                 log_q, q_sites, log_p, p_sites = densities
@@ -469,9 +507,10 @@ class DoublyReparameterized(ELBO):
                 return log_p - plates.sum_by_datum(log_q, q_sites, size)
 
             keys = _keys(rng_key, self.num_particles)
-            return jax.vmap(particle, in_axes=(0, None if share is None else 0))(keys, share)
+            return self.vectorize_particles_fn(particle, (keys, share))
 
-        # Both have the same draws, so that the compiler evaluates them once.
+        # Both have the same draws. All at once, the compiler evaluates them once. In pieces, the
+        # first gives the value. The gradient evaluates the second alone, piece by piece.
         log_w = lax.stop_gradient(log_weights(None))
         share = jax.nn.softmax(log_w, axis=0)
         bound = jax.nn.logsumexp(log_w, axis=0) - math.log(self.num_particles)
@@ -594,6 +633,7 @@ class ReweightedWakeSleep(ELBO):
 
     Args:
         num_particles: K, draws of z per datum, at least 2.
+        vectorize_particles: as in ``StickingTheLanding``.
 
     Raises:
         ValueError: ``num_particles`` is below 2. In use: a site lies outside the plates of the
@@ -603,13 +643,13 @@ class ReweightedWakeSleep(ELBO):
     can_infer_discrete = True
     traits = Traits()
 
-    def __init__(self, num_particles: int = 10):
+    def __init__(self, num_particles: int = 10, vectorize_particles: Any = IN_PIECES):
         _check_count("num_particles", num_particles)
         if num_particles < 2:
             raise ValueError(
                 f"num_particles: expected at least 2, whose weights can differ, got {num_particles}"
             )
-        super().__init__(num_particles)
+        super().__init__(num_particles, vectorize_particles)
 
     def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
         """The loss: its value is minus the importance-weighted bound."""
@@ -631,7 +671,8 @@ class ReweightedWakeSleep(ELBO):
             by_datum = plates.sum_by_datum
             return by_datum(log_p, p_sites, size), by_datum(log_q, q_sites, size)
 
-        log_p, log_q = jax.vmap(particle)(_keys(rng_key, self.num_particles))
+        keys = _keys(rng_key, self.num_particles)
+        log_p, log_q = self.vectorize_particles_fn(particle, keys)
         log_w = lax.stop_gradient(log_p - log_q)
         share = jax.nn.softmax(log_w, axis=0)
         bound = jax.nn.logsumexp(log_w, axis=0) - math.log(self.num_particles)
@@ -750,14 +791,14 @@ class Hybrid(Derived):
 # --- by name --------------------------------------------------------------------------------------
 
 # From the number of particles to an objective. RenyiELBO of order 0 is the importance-weighted
-# bound of Burda et al. 2016. If every site lies in a data plate, each datum has its own weights.
+# bound of Burda et al. 2016.
 OBJECTIVES: dict[str, Callable[[int], ELBO]] = {
     "Trace_ELBO": Trace_ELBO,
     "TraceMeanField_ELBO": TraceMeanField_ELBO,
     "TraceEnum_ELBO": TraceEnum_ELBO,
     "TraceGraph_ELBO": TraceGraph_ELBO,
-    "RenyiELBO": lambda num_particles: RenyiELBO(num_particles=num_particles),
-    "importance-weighted": lambda num_particles: RenyiELBO(num_particles=num_particles),
+    "RenyiELBO": ImportanceWeighted,
+    "importance-weighted": ImportanceWeighted,
     "doubly-reparameterized": DoublyReparameterized,
     "sticking-the-landing": StickingTheLanding,
     "reweighted-wake-sleep": ReweightedWakeSleep,

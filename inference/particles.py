@@ -1,5 +1,12 @@
-"""Monte Carlo particles with less noise, for NumPyro's own objectives and their subclasses.
+"""Monte Carlo particles: with less noise, or with less memory.
 
+Both are ways to evaluate the particles of an objective. Each is given to it as
+``vectorize_particles``.
+
+``InPieces(10)`` is for many particles. It evaluates ten of them at once, and keeps no activations
+for the gradient. Every objective takes it.
+
+``antithetic`` has less noise. It is for NumPyro's own objectives and their subclasses.
 ``Trace_ELBO(num_particles=2, vectorize_particles=antithetic)`` is an ordinary ELBO with the
 ordinary expectation. Its two particles are mirror images, and their noise is spread evenly over
 the data:
@@ -16,10 +23,12 @@ along the one plate around all observed sites. Sites outside it have mirrored no
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import lax, random
 from jaxtyping import Array, Float, PyTree
@@ -29,7 +38,53 @@ from inference._shuffle import permute
 from inference.sites import base
 
 
-def antithetic(particle: Callable[[Array], PyTree], keys: Array) -> PyTree:
+@dataclass(frozen=True)
+class InPieces:
+    """Evaluates many particles piece by piece, in bounded memory.
+
+    Pass it as ``vectorize_particles`` to an objective. The keys and the results are those of
+    ``jax.vmap``. A step's memory is that of ``size`` particles, plus what each particle returns.
+    For the bounds of importance weighting that is one number per particle and datum.
+
+    The price is time. The gradient computes each piece again: one more forward pass. What all
+    particles share, such as the encoder's outputs, is computed once for each piece.
+
+    With at most ``size`` particles it is ``jax.vmap`` itself. Others are spread evenly over the
+    pieces. Where that leaves places free, the first particles are evaluated again and not used.
+
+    Attributes:
+        size: the most particles that are evaluated at once.
+
+    Raises:
+        ValueError: the size is below 1.
+    """
+
+    size: int = 10
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"size: expected at least 1 particle at once, got {self.size}")
+
+    def __call__(self, particle: Callable[[Any], PyTree], keys: Any) -> PyTree:
+        """What the particles return, along a leading axis.
+
+        Args:
+            particle: a function of one particle's key.
+            keys: arrays with a leading axis of particles.
+        """
+        num_particles = len(jax.tree.leaves(keys)[0])
+        num_pieces = -(-num_particles // self.size)
+        if num_pieces <= 1:
+            return jax.vmap(particle)(keys)
+        places = num_pieces * -(-num_particles // num_pieces)
+        index = np.arange(places).reshape(num_pieces, -1) % num_particles
+        # A loop's body is compiled by itself, so no barrier must keep its two passes apart.
+        piece = jax.checkpoint(jax.vmap(particle), prevent_cse=False)
+        found = lax.map(piece, jax.tree.map(lambda x: x[index], keys))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_particles], found)
+
+
+def antithetic(particle: Callable[[Array], PyTree], keys: Array | tuple[Any, ...]) -> PyTree:
     """Two mirrored particles. Pass it as ``vectorize_particles`` to a NumPyro objective.
 
     Args:
@@ -38,8 +93,14 @@ def antithetic(particle: Callable[[Array], PyTree], keys: Array) -> PyTree:
 
     Raises:
         ValueError: there are not two particles.
-        TypeError: a latent site is not Gaussian with independent dimensions.
+        TypeError: a latent site is not Gaussian with independent dimensions, or the objective
+            gives its particles more than keys.
     """
+    if isinstance(keys, tuple):
+        raise TypeError(
+            "vectorize_particles: expected another way for this objective, got antithetic; leave "
+            "vectorize_particles out"
+        )
     if len(keys) != 2:
         raise ValueError(
             f"num_particles: expected 2 for antithetic particles, got {len(keys)}; write "

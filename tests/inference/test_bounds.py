@@ -22,8 +22,15 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from numpyro.nn import AutoregressiveNN
 from scipy import stats
 
-from inference import DoublyReparameterized, StickingTheLanding
-from models import gaussian_mean
+from inference import (
+    DoublyReparameterized,
+    ImportanceWeighted,
+    InPieces,
+    ReweightedWakeSleep,
+    StickingTheLanding,
+)
+from inference.sites import trace_of
+from models import gaussian_mean, hierarchical
 
 KEY = random.key(0)
 ERRORS = 4.5  # standard errors that a mean may lie from its expectation
@@ -78,6 +85,28 @@ def shared_densities(p, c, x):
 SHARED = shared_model, shared_guide, TOY[2]
 SHARED_PARAMS = {"slope": 0.7, "log_scale": 0.2, "noise": 1.3}
 CASES = {"toy": (TOY, NEAR, toy_densities), "shared": (SHARED, SHARED_PARAMS, shared_densities)}
+
+
+# --- two stochastic layers ------------------------------------------------------------------------
+
+
+def two_layers(x_size=4, hidden=3, num_data=3):
+    """A ladder of two layers, its guide, data, and parameters away from their start."""
+    above = (hierarchical.Layer(2, (hidden,)),)
+    settings = {"x_shape": (x_size,), "num_latents": 2, "hidden": (hidden,)}
+    model = hierarchical.Model(**settings, above=above, activation=jnp.tanh)
+    guide = hierarchical.BottomUp(model)
+    x = np.random.default_rng(0).integers(0, 2, (num_data, x_size)).astype(np.float32)
+
+    @jax.jit
+    def start():
+        sites = trace_of(guide, KEY, {}, x=x) | trace_of(model, KEY, {}, x=x)
+        return {name: s["value"] for name, s in sites.items() if s["type"] == "param"}
+
+    return (model, guide, {"x": x}), start()
+
+
+TWO = {"toy": lambda: (TOY, NEAR), "two layers": two_layers}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -147,23 +176,127 @@ def test_weights_over_a_whole_batch_would_be_another_bound():
     assert bounds.mean() + ERRORS * bounds.std() / 20_000**0.5 < exact
 
 
-def test_one_particle_is_the_elbo():
+@pytest.mark.parametrize("programs", list(TWO))
+def test_one_particle_is_the_elbo(programs):
+    (model, guide, data), params = TWO[programs]()
+
     def value_and_grad(objective, key):
-        model, guide, data = TOY
-        return jax.value_and_grad(lambda p: objective.loss(key, p, model, guide, **data))(NEAR)
+        return jax.value_and_grad(lambda p: objective.loss(key, p, model, guide, **data))(params)
 
     @jax.jit
     def values_and_grads():
         keys = jnp.stack([KEY, random.split(random.split(KEY)[1], 1)[0]])
-        objectives = RenyiELBO(num_particles=1), StickingTheLanding(), DoublyReparameterized(1)
+        objectives = ImportanceWeighted(1), StickingTheLanding(), DoublyReparameterized(1)
         elbos = lax.map(lambda key: value_and_grad(Trace_ELBO(), key), keys)
         return elbos, [value_and_grad(objective, KEY) for objective in objectives]
 
-    elbos, (renyi, landing, doubly) = jax.device_get(values_and_grads())
+    elbos, (weighted, landing, doubly) = jax.device_get(values_and_grads())
     elbo = jax.tree.map(lambda value: value[1], elbos)
-    jax.tree.map(np.testing.assert_allclose, renyi, elbo)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), doubly, landing)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), weighted, elbo)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), doubly, landing)
     np.testing.assert_allclose(landing[0], elbos[0][0], rtol=1e-6)
+
+
+def test_with_two_layers_both_bounds_have_one_gradient():
+    """Draw by draw they differ. The means over many draws agree, parameter by parameter."""
+    programs, params = two_layers()
+    plain, doubly = (
+        draws(objective, programs, params, 2_000)
+        for objective in (ImportanceWeighted(3), DoublyReparameterized(3))
+    )
+    assert (
+        abs(plain[0].mean() - doubly[0].mean())
+        < ERRORS * np.hypot(plain[0].std(), doubly[0].std()) / 2_000**0.5
+    )
+    for name in params:
+        pairs = zip(*map(jax.tree.leaves, (plain[1][name], doubly[1][name])), strict=True)
+        for one, other in pairs:
+            error = np.hypot(one.std(0), other.std(0)) / 2_000**0.5
+            assert (np.abs(one.mean(0) - other.mean(0)) <= ERRORS * error + 1e-5).all(), name
+            assert (np.abs(other.mean(0)) > ERRORS * error).any(), (
+                name
+            )  # so that zero would not pass
+
+
+# --- many particles -------------------------------------------------------------------------------
+
+WIDE = np.random.default_rng(2).normal(size=(2, 1, 300)).astype(np.float32)
+LEVELS = np.linspace(-1, 1, 16).astype(np.float32)
+
+
+def wide_model(x):
+    """Its decoder has 300 activations for each particle and datum."""
+    up, down = (numpyro.param(name, w) for name, w in zip(("up", "down"), WIDE, strict=True))
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("x", dist.Normal(jnp.tanh(z[:, None] @ up) @ down[0] / 300, 0.5), obs=x)
+
+
+def wide_guide(x):
+    slope, scale = numpyro.param("slope", 0.3), numpyro.param("scale", 0.6)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("z", dist.Normal(slope * x, scale))
+
+
+def wide():
+    params = {"up": WIDE[0], "down": WIDE[1], "slope": jnp.float32(0.3), "scale": jnp.float32(0.6)}
+    return (wide_model, wide_guide, {"x": LEVELS}), params
+
+
+def step(objective, programs):
+    """A value and its gradient, compiled."""
+    model, guide, data = programs
+    return jax.jit(jax.value_and_grad(lambda p, key: objective.loss(key, p, model, guide, **data)))
+
+
+@pytest.mark.parametrize(
+    ("programs", "pieces", "at_once"),
+    [
+        (wide, ImportanceWeighted(23), RenyiELBO(num_particles=23)),
+        (wide, DoublyReparameterized(50), DoublyReparameterized(50, True)),
+        (wide, ReweightedWakeSleep(7, InPieces(3)), ReweightedWakeSleep(7, True)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (wide, ImportanceWeighted(50), RenyiELBO(num_particles=50)),
+                (wide, DoublyReparameterized(23), DoublyReparameterized(23, True)),
+                (wide, StickingTheLanding(7, InPieces(3)), StickingTheLanding(7, True)),
+                (two_layers, ImportanceWeighted(50), RenyiELBO(num_particles=50)),
+                (two_layers, DoublyReparameterized(23), DoublyReparameterized(23, True)),
+            )
+        ),
+    ],
+)
+def test_pieces_change_neither_the_value_nor_the_gradient(programs, pieces, at_once):
+    programs, params = programs()
+    found, expected = (step(one, programs)(params, KEY) for one in (pieces, at_once))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="sizes are those of a CPU's compiler")
+@pytest.mark.parametrize(
+    "build",
+    [
+        ImportanceWeighted,
+        DoublyReparameterized,
+        pytest.param(ReweightedWakeSleep, marks=pytest.mark.slow),
+        pytest.param(StickingTheLanding, marks=pytest.mark.slow),
+    ],
+)
+def test_the_memory_of_a_step_does_not_grow_with_the_particles(build):
+    """But for three numbers per particle and datum: log w, its share, and the rest."""
+    programs, params = wide()
+
+    def bytes_of(objective):
+        compiled = step(objective, programs).lower(params, KEY).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = bytes_of(build(20)), bytes_of(build(200))
+    assert many - few < 3 * (200 - 20) * len(LEVELS) * 4
+    if build is ImportanceWeighted:
+        few, many = (bytes_of(RenyiELBO(num_particles=n)) for n in (20, 200))
+        assert many > 8 * few
 
 
 def test_more_particles_spoil_the_plain_gradient_of_the_guide_and_not_the_doubly_reparameterised():

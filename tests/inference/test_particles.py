@@ -11,7 +11,8 @@ import pytest
 from numpyro.infer import Trace_ELBO
 from scipy import stats
 
-from inference.particles import antithetic, stratified_normal
+from inference import DoublyReparameterized
+from inference.particles import InPieces, antithetic, stratified_normal
 from inference.sites import trace_of
 
 
@@ -135,3 +136,37 @@ def test_other_numbers_and_families_are_refused():
     two = Trace_ELBO(num_particles=2, vectorize_particles=antithetic)
     with pytest.raises(TypeError, match=r"site 'z': expected a Normal .*, got Gamma"):
         jax.eval_shape(lambda x: two.loss(key, {}, gamma, gamma, x), x)
+
+
+# --- in pieces ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_particles", [1, 4, 7, 8])
+def test_pieces_are_all_particles_in_their_order(num_particles):
+    """Of at most four: 7 are two pieces, and one place is free."""
+    seen = []
+
+    def particle(numbers):
+        seen.append(numbers[0])
+        return {"sum": numbers[0] + numbers[1].sum(), "one": 1.0}
+
+    keys = jnp.arange(float(num_particles)), 10 * jnp.ones((num_particles, 2))
+    found = InPieces(4)(particle, keys)
+    np.testing.assert_array_equal(found["sum"], 20 + np.arange(num_particles))
+    np.testing.assert_array_equal(found["one"], np.ones(num_particles))
+    assert len(seen) == 1  # traced once
+
+
+def test_a_piece_has_at_least_one_particle():
+    with pytest.raises(ValueError, match="size: expected at least 1 particle at once, got 0"):
+        InPieces(0)
+
+
+def test_particles_that_are_given_more_than_keys_are_not_mirrored():
+    def program(x):
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Normal(0, 1))
+
+    objective = DoublyReparameterized(2, antithetic)
+    with pytest.raises(TypeError, match="vectorize_particles: expected another way"):
+        objective.loss(jax.random.key(0), {}, program, program, jnp.zeros(3))
