@@ -42,8 +42,8 @@ from inference.sites import base
 class InPieces:
     """Evaluates many particles piece by piece, in bounded memory.
 
-    Pass it as ``vectorize_particles`` to an objective. The keys and the results are those of
-    ``jax.vmap``. A step's memory is that of ``size`` particles, plus what each particle returns.
+    Pass it as ``vectorize_particles`` to an objective. Keys and results are as with
+    ``jax.vmap``. A step needs memory for ``size`` particles, and for what each particle returns.
     For the bounds of importance weighting that is one number per particle and datum.
 
     The price is time. The gradient computes each piece again: one more forward pass. What all

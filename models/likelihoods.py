@@ -207,8 +207,18 @@ class BinaryPixels(dist.BernoulliLogits):
 
     @validate_sample
     def log_prob(self, value: Any) -> Array:
-        """log p(value), value 0 or 1."""
-        return value * self.logits - softplus(self.logits)
+        """log p(value), value 0 or 1.
+
+        The rows of an image are computed in one, and so is their sum: XLA takes a sum of a
+        reshaped array for a sum of the array. On a CPU, sums over short rows are slow.
+        """
+        value, logits = jnp.asarray(value), self.logits
+        rows = logits.shape[-2:]
+        if logits.ndim < 3 or value.shape[-2:] != rows:
+            return value * logits - softplus(logits)
+        value, logits = (a.reshape(*a.shape[:-2], -1) for a in (value, logits))
+        log_p = value * logits - softplus(logits)
+        return log_p.reshape(*log_p.shape[:-1], *rows)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 from numpyro.infer import Trace_ELBO
 
-from experiments.benchmarks import device, numpyro_examples, scaling, semi, speed
-from models import gaussian_mean, guides, vae
+from experiments.benchmarks import device, ladder, numpyro_examples, scaling, semi, speed
+from inference import ImportanceWeighted
+from models import gaussian_mean, guides, hierarchical, vae
 
 GREY = {"x": jnp.full((4, 28, 28), 100, jnp.uint8)}
 
@@ -103,6 +104,65 @@ def test_the_convolutional_vae_by_hand_is_the_same_arithmetic():
     )
     assert abs(hand[0] - ours[0]) < 4 * np.hypot(hand[1], ours[1])
     assert hand[1] < 1e-3 * abs(hand[0])
+
+
+# --- two layers, and an autoregressive guide ------------------------------------------------------
+
+FEW = {"x": np.eye(6, dtype=np.float32)[:3].reshape(3, 2, 3)}
+SMALL = {"x_shape": (2, 3), "num_latents": 3}
+
+
+def assert_same_means(by_hand, ours, params, num_draws=1_000):
+    """Loss and gradient have the same means, and each is well known somewhere."""
+
+    def means(loss):
+        keys = jax.random.split(jax.random.key(0), num_draws)
+        draws = jax.vmap(jax.value_and_grad(loss), (None, 0))(params, keys)
+        return [(draw.mean(0), draw.std(0) / num_draws**0.5) for draw in jax.tree.leaves(draws)]
+
+    hand, other = jax.device_get(jax.jit(lambda: (means(by_hand), means(ours)))())
+    for (one, error), (two, its_error) in zip(hand, other, strict=True):
+        assert (np.abs(one - two) <= 4.5 * np.hypot(error, its_error) + 1e-6).all()
+        assert (np.abs(one) > 4.5 * error).any()
+
+
+def test_the_hand_written_two_layers_are_the_same_arithmetic():
+    above = (hierarchical.Layer(2, (4, 3)),)
+    model = hierarchical.Model(**SMALL, hidden=(4, 5), activation=jnp.tanh, above=above)
+    guide = hierarchical.BottomUp(model)
+
+    def ours(params, key):
+        tree = {name: flax(layers) for name, layers in params.items()}
+        return ImportanceWeighted(5).loss(key, tree, model, guide, **FEW) / 3
+
+    def by_hand(params, key):
+        return ladder.layers_loss(params, key, **FEW)
+
+    assert_same_means(by_hand, ours, ladder.layers_init(jax.random.key(1), model))
+
+
+def test_the_hand_written_autoregressive_guide_is_the_same_arithmetic():
+    model = vae.Model(**SMALL, hidden=(4,), activation=jnp.tanh)
+    guide = guides.inverse_autoregressive(model)
+
+    def ours(params, key):
+        tree = {name: flax(params[name]) for name in ("encoder", "decoder")}
+        maps = {i: {**flax(params[f"map{i}"]), "direct": params[f"direct{i}"]} for i in range(2)}
+        tree |= {"z_flow": {"layers": maps}}
+        tree["statistics"] = {"latents": {"z": {"median": jnp.zeros(3), "spread": jnp.ones(3)}}}
+        return Trace_ELBO().loss(key, tree, model, guide, **FEW) / 3
+
+    def by_hand(params, key):
+        return ladder.flow_loss(params, key, **FEW, activation=jnp.tanh)
+
+    assert_same_means(by_hand, ours, ladder.flow_init(jax.random.key(1), model))
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_ladders_runs(capsys):
+    settings = {"layers_steps": 1, "flow_steps": 1, "num_images": 8, "rounds": 1}
+    ladder.main(ladder.Config(layers_batch_size=4, flow_batch_size=4, **settings))
+    assert capsys.readouterr().out.count("fit  ") == 2
 
 
 def test_every_file_of_the_examples_gets_a_row(tmp_path):

@@ -551,3 +551,24 @@ def test_binary_pixels_and_their_gradient_are_exact_at_every_size(pixel):
     exact = -np.logaddexp(0, (1 - 2 * pixel) * logits)
     np.testing.assert_allclose(value, exact, rtol=3e-7, atol=1e-6)  # a difference of two numbers
     np.testing.assert_allclose(slope, pixel - special.expit(logits), atol=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "logits_shape"),
+    [
+        ((2, 3, 4), (2, 3, 4)),
+        ((2, 3, 4), (5, 2, 3, 4)),
+        ((5, 1, 3, 4), (2, 3, 4)),
+        ((2, 1, 4), (2, 3, 4)),
+        ((4,), (2, 3, 4)),
+        ((), (2, 3, 4)),
+        ((2, 4), (5, 2, 4)),
+        ((2, 4), (2, 4)),
+    ],
+)
+def test_binary_pixels_of_any_shape_have_the_density_of_each(rng, x_shape, logits_shape):
+    x, logits = rng.integers(0, 2, x_shape) * 1.0, rng.normal(size=logits_shape)
+    found = BinaryPixels(logits=jnp.asarray(logits)).log_prob(jnp.asarray(x))
+    expected = x * logits - np.logaddexp(0, logits)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
