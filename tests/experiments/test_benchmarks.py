@@ -126,6 +126,7 @@ def assert_same_means(by_hand, ours, params, num_draws=1_000):
         assert (np.abs(one) > 4.5 * error).any()
 
 
+@pytest.mark.slow
 def test_the_hand_written_two_layers_are_the_same_arithmetic():
     above = (hierarchical.Layer(2, (4, 3)),)
     model = hierarchical.Model(**SMALL, hidden=(4, 5), activation=jnp.tanh, above=above)
@@ -141,6 +142,7 @@ def test_the_hand_written_two_layers_are_the_same_arithmetic():
     assert_same_means(by_hand, ours, ladder.layers_init(jax.random.key(1), model))
 
 
+@pytest.mark.slow
 def test_the_hand_written_autoregressive_guide_is_the_same_arithmetic():
     model = vae.Model(**SMALL, hidden=(4,), activation=jnp.tanh)
     guide = guides.inverse_autoregressive(model)
