@@ -238,6 +238,12 @@ class Config(Machines):
         for settings in self.settings().values():
             mnist_vae.Config(**settings)
 
+    def common(self) -> dict[str, Any]:
+        """The settings of ``mnist_vae.py`` that all rungs have."""
+        shared = ("dataset", "data_dir", "num_validation", "num_train", "num_test", "likelihood")
+        shared += ("num_samples", "num_seeds", "seed", "progress")
+        return {name: getattr(self, name) for name in (*shared, *Machines.__dataclass_fields__)}
+
     def settings(self) -> dict[str, dict[str, Any]]:
         """The settings of ``mnist_vae.py`` by rung."""
         given = ("num_epochs", "batch_size", "learning_rate", "kl_warm_up")
@@ -246,16 +252,13 @@ class Config(Machines):
             raise ValueError(
                 f"likelihood: expected one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}"
             )
-        shared = ("dataset", "data_dir", "num_validation", "num_train", "num_test", "likelihood")
-        shared += ("num_samples", "num_seeds", "seed", "progress")
-        common = {name: getattr(self, name) for name in (*shared, *Machines.__dataclass_fields__)}
         found = {}
         for name in self.rung:
             rung = RUNGS[name]
             protocol = dict(rung.protocol) if self.full else _short(own.get("num_epochs", 20))
             vamp = rung.settings.get("prior") == "vamp"
             pseudo = {"num_components": self.num_components} if vamp else {}
-            found[name] = common | protocol | own | dict(rung.settings) | pseudo
+            found[name] = self.common() | protocol | own | dict(rung.settings) | pseudo
         return found
 
 
@@ -403,9 +406,9 @@ def main(config: Config) -> dict[str, Any]:
     """Train and judge rungs of the ladder, and compare them image by image."""
     with devices.one_of_many(config):
         out = config.out or runs.new_directory(Path("runs"), "ladder")
-        settings = config.settings()
-        first = mnist_vae.Config(**settings[config.rung[0]], out=out)
-        results = run_many(mnist_vae.EXPERIMENT, first, settings, others=(*RUNGS, *FILES))
+        common = mnist_vae.Config(**config.common(), out=out)
+        others = (*RUNGS, *FILES)
+        results = run_many(mnist_vae.EXPERIMENT, common, config.settings(), others)
         if not devices.is_first():
             return results
         summary = summarize(results, out)

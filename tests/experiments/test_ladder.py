@@ -61,6 +61,27 @@ def test_the_protocols():
     assert (given["num_epochs"], given["batch_size"]) == (3, 7)
 
 
+def test_a_rung_is_the_same_after_any_other(monkeypatch, tmp_path):
+    asked = {}
+
+    def run(experiment, config):
+        asked.setdefault(config.out.name, []).append(replace(config, out=None))
+        raise InterruptedError
+
+    monkeypatch.setattr("experiments.runner.run", run)
+    for rungs in ((name,) for name in RUNGS):
+        with pytest.raises(InterruptedError):
+            main(Config(rung=rungs, full=True, out=tmp_path))
+    monkeypatch.setattr(
+        "experiments.runner.run",
+        lambda experiment, config: asked[config.out.name].append(replace(config, out=None)) or {},
+    )
+    monkeypatch.setattr(script, "summarize", lambda results, out: (_ for _ in ()).throw(KeyError))
+    with pytest.raises(KeyError):
+        main(Config(rung=tuple(reversed(RUNGS)), full=True, out=tmp_path))
+    assert all(alone == after for alone, after in asked.values())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
