@@ -18,6 +18,7 @@ from models.likelihoods import (
     NegativeBinomial,
     Normal,
 )
+from models.priors import LearnedNormal
 
 LONG_HERE = ("mnist_vae", "svhn_vae")
 FIGURES = {"elbo", "reconstructions", "samples", "latents", "interpolations"}
@@ -228,7 +229,7 @@ def test_a_preset_given_a_label(digits):
     plain = mnist_cvae.Config(preset="hericks").model(digits.record)
     assert plain == replace(vae.PRESETS["hericks"], x_shape=(8, 8), condition=Labels(10))
     learned = mnist_cvae.Config(prior="learned", num_embedded=3).model(digits.record)
-    assert (learned.condition, learned.prior_hidden) == (Labels(10, 3), ())
+    assert (learned.condition, learned.prior) == (Labels(10, 3), LearnedNormal())
 
 
 @pytest.mark.parametrize("given_label", [False, True])

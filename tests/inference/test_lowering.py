@@ -44,6 +44,7 @@ from inference.sites import preparation
 from models import (
     gaussian_mean,
     guides,
+    hierarchical,
     hierarchical_gaussian,
     linear_gaussian,
     mixture,
@@ -53,7 +54,8 @@ from models import (
     vae,
 )
 from models.conditions import Labels
-from models.likelihoods import Gaussian
+from models.likelihoods import Gaussian, Normal
+from models.priors import LearnedNormal
 
 ELSEWHERE = ("cuda", "tpu")
 N = 12
@@ -143,6 +145,9 @@ def fresh(model: Any) -> Any:
 SEEN = quadrants.Quadrants(1, (4, 4))
 MODELS = {
     "gaussian_mean": gaussian_mean.Model(),
+    "hierarchical": hierarchical.Model(
+        x_shape=(4,), num_latents=2, hidden=(), likelihood=Normal(), above=(hierarchical.Layer(1),)
+    ),
     "hierarchical_gaussian": hierarchical_gaussian.Model(),
     "linear_gaussian": linear_gaussian.Model((4,), 2, Labels(3)),
     "mixture": mixture.Model(3, (2,), 1),
@@ -153,7 +158,7 @@ MODELS = {
     ),
     "vae": vae.Model(
         Labels(3),
-        (),
+        LearnedNormal(),
         x_shape=(4, 4, 2),
         num_latents=2,
         hidden=(3,),
@@ -184,6 +189,7 @@ def make_data(name: str) -> dict[str, np.ndarray]:
     labels = (np.arange(N) % 3).astype(np.int32)
     return {
         "gaussian_mean": lambda: {"c": normal(), "x": normal()},
+        "hierarchical": lambda: {"x": normal(4)},
         "hierarchical_gaussian": lambda: {"x": normal()},
         "linear_gaussian": lambda: {"c": labels, "x": normal(4)},
         "mixture": lambda: {"x": normal(2), "y": labels - 1},
@@ -222,7 +228,14 @@ def pair(family: str) -> tuple[Any, Any, Any]:
 
 
 every_model = pytest.mark.parametrize("name", MODELS)
-every_family = pytest.mark.parametrize("family", [*guides.GUIDES, "per-datum"])
+NEWER = ("inverse-autoregressive", "neural-spline")
+every_family = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(f, marks=[pytest.mark.slow] * (f in NEWER))
+        for f in (*guides.GUIDES, "per-datum")
+    ],
+)
 
 
 def test_there_is_a_model_of_every_file():

@@ -334,7 +334,8 @@ def gaussian_elbo(numbers):
     return log_x - 0.5 * (np.trace(cov) + m @ m - 2) + a + b
 
 
-@pytest.mark.parametrize("family", [pytest.param("flow", marks=pytest.mark.slow), *list(FLOWS)[1:]])
+@pytest.mark.slow
+@every_flow
 def test_a_flow_gains_on_a_bent_posterior(family):
     """More than any Gaussian can, of any covariance; and less than log p(x)."""
 

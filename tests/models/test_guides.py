@@ -23,6 +23,7 @@ from models.conditions import Labels, Values
 from models.encoders import PerDatum
 from models.likelihoods import DiscretizedLogistic, Gaussian
 from models.networks import MLP
+from models.priors import LearnedNormal
 
 KEY = jax.random.key(0)
 N = 5
@@ -44,7 +45,7 @@ MODELS = {
     ),
     "vae-values": vae.Model(
         Values((2,)),
-        (4,),
+        LearnedNormal((4,)),
         x_shape=(4, 3),
         num_latents=1,
         hidden=(),

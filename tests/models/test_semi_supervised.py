@@ -16,6 +16,7 @@ from models.conditions import Labels
 from models.densities import Folded
 from models.likelihoods import Bernoulli, Gaussian, Normal
 from models.networks import Decoder
+from models.priors import LearnedNormal
 
 K, N = 3, 4
 MODEL = semi_supervised.Model(num_classes=K, x_shape=(5,), num_latents=2, hidden=(6,))
@@ -98,7 +99,7 @@ def test_the_encoder_is_a_network_on_the_image_and_the_label(result):
 
 
 CONVOLUTIONS = {"x_shape": (4, 4), "channels": (8,), "likelihood": Gaussian()}
-CONDITION = {"condition": Labels(2), "prior_hidden": (3,), "likelihood": Normal()}
+CONDITION = {"condition": Labels(2), "prior": LearnedNormal((3,)), "likelihood": Normal()}
 
 
 @pytest.mark.parametrize(

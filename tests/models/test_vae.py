@@ -22,6 +22,7 @@ from models import guides, vae
 from models.conditions import Labels, Values
 from models.likelihoods import LIKELIHOODS, Bernoulli, Gaussian
 from models.networks import SCALE_FLOOR
+from models.priors import UNIT, LearnedNormal, StandardNormal
 
 KEY = jax.random.key(0)
 
@@ -44,8 +45,10 @@ def small(likelihood, x_shape, hidden, *condition, **settings):
 MODELS = {
     "no condition": small("bernoulli", (4, 4, 3), (6, 5)),
     "no condition, affine": small("gaussian-identity", (5, 4), ()),
-    "labels, affine prior": small("gaussian", (5, 4), (7,), ONE_HOT, ()),
-    "embedded labels, deep prior": small("gaussian-one-scale", (4, 4, 3), (), EMBEDDED, (5,)),
+    "labels, affine prior": small("gaussian", (5, 4), (7,), ONE_HOT, LearnedNormal()),
+    "embedded labels, deep prior": small(
+        "gaussian-one-scale", (4, 4, 3), (), EMBEDDED, LearnedNormal((5,))
+    ),
     "values, coarse": small("discretized-logistic", (5, 4), (6, 5), VALUES, dtype="bfloat16"),
 }
 
@@ -141,7 +144,7 @@ def test_the_program_samples_z_and_x_in_one_plate(model, rng):
         assert (plate.name, plate.size) == ("data", 3)
     params = {name for name, site in sites.items() if site["type"] == "param"}
     assert {"decoder"} <= params <= {"decoder", "prior", "x_scale"}
-    assert ("prior" in params) == (model.prior_hidden is not None)
+    assert ("prior" in params) == isinstance(model.prior, LearnedNormal)
 
 
 def record():
@@ -283,19 +286,21 @@ def test_presets_are_the_published_models(name, hidden, num_latents, activation,
 
 
 @pytest.mark.parametrize(
-    ("condition", "prior_hidden", "num_features", "embedding"),
-    [(ONE_HOT, (5,), 3, 0), (EMBEDDED, (), 2, 6), (VALUES, None, 6, 0)],
+    ("condition", "prior", "num_features", "embedding"),
+    [
+        (ONE_HOT, LearnedNormal((5,)), 3, 0),
+        (EMBEDDED, LearnedNormal(), 2, 6),
+        (VALUES, StandardNormal(), 6, 0),
+    ],
 )
-def test_the_condition_enters_every_network_once(
-    condition, prior_hidden, num_features, embedding, rng
-):
-    model = small("bernoulli", (5, 4), (7,), condition, prior_hidden)
+def test_the_condition_enters_every_network_once(condition, prior, num_features, embedding, rng):
+    model = small("bernoulli", (5, 4), (7,), condition, prior)
     data = make_data(model, 2, rng)
     decoder = num_weights(2 + num_features, 7, 20) + embedding
-    prior = 0
-    if prior_hidden is not None:
-        prior = num_weights(num_features, *prior_hidden, 4) + embedding
-    assert num_params(abstract_trace(model, **data)) == decoder + prior
+    of_prior = 0
+    if isinstance(prior, LearnedNormal):
+        of_prior = num_weights(num_features, *prior.hidden, 4) + embedding
+    assert num_params(abstract_trace(model, **data)) == decoder + of_prior
     encoder = num_weights(20 + num_features, 7, 4) + embedding
     assert num_params(abstract_trace(guides.mean_field(model), **data)) == encoder
 
@@ -317,7 +322,9 @@ def test_the_encoder_mirrors_the_decoder_unless_told(rng):
 settings = {"x_shape": (2, 2), "activation": jnp.tanh}
 TINY = {
     "no condition": vae.Model(num_latents=2, hidden=(), **settings),
-    "condition": vae.Model(Labels(2, num_embedded=3), (4,), num_latents=2, hidden=(), **settings),
+    "condition": vae.Model(
+        Labels(2, num_embedded=3), LearnedNormal((4,)), num_latents=2, hidden=(), **settings
+    ),
 }
 IMAGES = np.array(list(itertools.product([0.0, 1.0], repeat=4)), np.float32)
 
@@ -343,9 +350,9 @@ def with_features(tree, inputs, c):
     return np.concatenate([inputs, np.broadcast_to(one_hot, shape)], axis=-1)
 
 
-def gaussian(tree, inputs, c):
+def gaussian(tree, inputs, c, start=0.0):
     loc, raw = np.split(forward(tree, with_features(tree, inputs, c)), 2, axis=-1)
-    return loc, np.logaddexp(0, raw) + SCALE_FLOOR
+    return loc, np.logaddexp(0, raw + start) + SCALE_FLOOR
 
 
 class Quadrature:
@@ -359,7 +366,7 @@ class Quadrature:
         self.params, self.x, self.c = params, x, c
         self.prior = np.zeros((size, dims)), np.ones((size, dims))
         if "prior" in params:
-            self.prior = gaussian(params["prior"], np.zeros((size, 0)), c)
+            self.prior = gaussian(params["prior"], np.zeros((size, 0)), c, UNIT)
         self.guide = gaussian(params["encoder"], x, c)
 
     def log_p_x_given_z(self, loc, scale):
@@ -445,7 +452,8 @@ def test_the_condition_matters():
     c = np.repeat(np.arange(2, dtype=np.int32), 100)
     white = (np.arange(4) < 2) == (c[:, None, None] == 0) & np.ones((4, 1), bool)
     grey = np.where(white, rng.integers(230, 256, white.shape), rng.integers(0, 26, white.shape))
-    model = vae.Model(Labels(2), (), x_shape=(4, 4), num_latents=2, hidden=(), activation=jnp.tanh)
+    settings = {"x_shape": (4, 4), "num_latents": 2, "hidden": ()}
+    model = vae.Model(Labels(2), LearnedNormal(), **settings)
     guide, x = guides.mean_field(model), grey.astype(np.uint8)
     svi = SVI(model, guide, optax.adam(3e-2), Trace_ELBO())
 
@@ -586,11 +594,6 @@ def test_programs_look_at_no_values():
         ({"num_latents": 0}, "num_latents: expected positive sizes, got 0"),
         ({"hidden": (5, -1)}, r"hidden: expected positive sizes, got \(5, -1\)"),
         ({"dtype": "float16"}, "dtype: expected .*bfloat16.*, got 'float16'"),
-        ({"prior_hidden": (4, 0)}, r"prior_hidden: expected positive sizes, got \(4, 0\)"),
-        (
-            {"condition": None, "prior_hidden": ()},
-            r"prior_hidden: expected None without a condition, got \(\); .* give a condition",
-        ),
     ],
 )
 def test_bad_sizes_are_named(settings, message):
