@@ -53,6 +53,7 @@ from numpyro import handlers
 
 from models import vae
 from models.networks import MLP, Decoder, check_sizes, gates, network, positive
+from models.priors import STANDARD
 
 # --- configuration, model -------------------------------------------------------------------------
 
@@ -349,8 +350,14 @@ def joint(model: Model, params: Mapping[str, Any]) -> Joint:
         params: its parameters, of one seed.
 
     Raises:
-        ValueError: a network is not affine, or a scale depends on a latent.
+        ValueError: a network is not affine, or a scale depends on a latent; a condition; another
+            prior.
     """
+    if model.condition is not None or model.prior != STANDARD:
+        raise ValueError(
+            f"model: expected no condition and the prior {STANDARD}, got the condition "
+            f"{model.condition} and the prior {model.prior}; a closed form is for these alone"
+        )
     program = handlers.block(handlers.substitute(_affine_maps, data=dict(params)))
     maps = program(model)
     loc, covariance = np.zeros(model.sizes[-1]), np.eye(model.sizes[-1])
@@ -378,12 +385,11 @@ def _affine_maps(model: Model) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]
     each = [(maps_of(i), model.sizes[i]) for i in range(len(model.above), 0, -1)]
     found = []
     for fn, size in [*each, (x_given, model._num_codes)]:
-        at_zero = lambda z, fn=fn: tuple(a[0] for a in fn(z[None]))  # noqa: E731
-        zero = jnp.zeros(size)
-        offset, scale = at_zero(zero)
-        matrix, slope = jax.jacfwd(at_zero)(zero)
-        curved = jax.jacfwd(at_zero)(zero + 1.0)[0] - matrix
-        if float(jnp.abs(slope).max()) > 0 or float(jnp.abs(curved).max()) > 1e-6:
+        at = lambda z, fn=fn: tuple(a[0] for a in fn(z[None]))  # noqa: E731
+        slopes = jax.jacfwd(at)
+        look = jax.jit(lambda z, at=at, slopes=slopes: (at(z), slopes(z), slopes(z + 1.0)[0]))
+        (offset, scale), (matrix, slope), elsewhere = jax.device_get(look(jnp.zeros(size)))
+        if np.abs(slope).max() > 0 or np.abs(elsewhere - matrix).max() > 1e-6:
             raise ValueError(
                 "params: expected affine networks and scales that depend on no latent, got others; "
                 "leave the hidden layers out, and set the weights of the scales to zero"
