@@ -326,7 +326,8 @@ def _check_names(found: Outline, guide: Guide) -> None:
         if name in found.names:
             raise ValueError(
                 f"model site {name!r}: expected another name, since {type(guide).__name__} keeps "
-                f"its own numbers in a site {name!r}; rename it in the model"
+                f"its own numbers in a site {name!r}; rename it in the model, or take the "
+                f"guide that the model's prior runs, if it runs one"
             )
 
 
