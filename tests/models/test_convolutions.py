@@ -13,7 +13,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from models import guides, vae
 from models.conditions import Labels
 from models.likelihoods import LIKELIHOODS, Gaussian
-from models.networks import Encoder, Grow, Shrink, convolve
+from models.networks import Decoder, Encoder, Grow, Shrink, convolve
 
 KEY = jax.random.key(0)
 SIZES = {"channels": (4, 6)}
@@ -86,6 +86,49 @@ def test_shapes_shrink_and_grow():
     h, grown = jax.eval_shape(run, jnp.zeros((2, 8, 16, 3)))
     assert h.shape == (2, 2, 4, 6)
     assert grown.shape == (2, 2, 8, 16, 3)
+
+
+def test_a_gate_doubles_the_channels_in_front_of_it():
+    """Shapes, and the numbers of weights: a stage has a convolution, and a norm of its channels."""
+    x_shape, channels = (8, 12, 3), (4, 6)
+
+    def conv(num_in, num_out):
+        return 9 * num_in * num_out + num_out
+
+    def num_weights(module):
+        return sum(p.size for p in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+    shrink = conv(3, 2 * 4) + 2 * 2 * 4 + conv(4, 2 * 6) + 2 * 2 * 6
+    grow = 2 * 2 * 6 + conv(6, 4 * 2 * 4) + 2 * 2 * 4 + conv(4, 4 * 2 * 3)
+    small = 2 * 3 * 6  # numbers between convolutions and dense layers
+    dense = (small * 10 + 10) + (5 * 7 + 7), (3 * 10 + 10) + (5 * 2 * small + 2 * small)
+
+    def run(x, z):
+        rest = {"activation": jax.nn.glu, "rngs": nnx.Rngs(0)}
+        modules = (
+            Shrink(x_shape, channels, dtype="float32", **rest),
+            Grow(x_shape, channels, 2, dtype="float32", **rest),
+            Encoder(x_shape, (5,), 7, channels=channels, **rest),
+            Decoder(3, (5,), x_shape, num_outputs=2, channels=channels, **rest),
+        )
+        counts.extend(map(num_weights, modules))
+        h = jnp.zeros((2, *modules[1].shape))
+        return [f(a) for f, a in zip(modules, (x, h.reshape(2, -1), x, z), strict=True)]
+
+    counts = []
+    outputs = jax.eval_shape(run, jnp.zeros((2, *x_shape)), jnp.zeros((2, 3)))
+    assert counts == [shrink, grow, shrink + dense[0], grow + dense[1]]
+    assert [o.shape for o in outputs] == [(2, 2, 3, 6), (2, 2, *x_shape), (2, 7), (2, 2, *x_shape)]
+
+
+def test_a_stage_with_a_gate_by_hand(rng):
+    @jax.jit
+    def run(x):
+        shrink = Shrink((4, 6, 3), (5,), jax.nn.glu, "float32", rngs=nnx.Rngs(0))
+        return shrink(x), shrink.norms[0](shrink.layers[0](x))
+
+    got, h = jax.device_get(run(np.float32(rng.normal(size=(2, 4, 6, 3)))))
+    np.testing.assert_allclose(got, h[..., :5] / (1 + np.exp(-h[..., 5:])), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -23,6 +23,8 @@ from models.likelihoods import (
     GaussianIdentity,
     GaussianOneScale,
     Levels,
+    NegativeBinomial,
+    Normal,
     check_grey,
 )
 
@@ -50,6 +52,40 @@ def prepare(likelihood, key, images):
 @functools.partial(jax.jit, static_argnums=0)
 def log_prob(likelihood, outputs, x, x_scale=X_SCALE):
     return distribution(likelihood, outputs, x_scale).log_prob(x)
+
+
+# --- x from real numbers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [
+        *LIKELIHOODS.values(),
+        Gaussian(low=-1.0),
+        Normal((3.0, -2.0), (2.0, 0.5)),
+        NegativeBinomial((4.0, 0.5)),
+    ],
+    ids=str,
+)
+def test_any_real_numbers_become_an_x(likelihood):
+    """It lies where x can, rises with the numbers, and is a common x at 0."""
+    numbers = jnp.broadcast_to(jnp.linspace(-8, 8, 65)[:, None], (65, 2))
+    x = np.asarray(likelihood.from_real(numbers), np.float64)
+    assert x.shape == (65, 2)
+    assert np.isfinite(x).all()
+    assert (np.diff(x, axis=0) > 0).all()
+    common, (at_one,) = x[32], x[36:37] - x[32]
+    assert float(numbers[32, 0]) == 0.0
+    if isinstance(likelihood, Normal):
+        np.testing.assert_allclose(common, np.broadcast_to(likelihood.x_mean, 2), rtol=1e-6)
+        np.testing.assert_allclose(at_one, np.broadcast_to(likelihood.x_std, 2), rtol=1e-6)
+    elif isinstance(likelihood, NegativeBinomial):
+        assert (x > 0).all()
+        np.testing.assert_allclose(common, np.broadcast_to(likelihood.x_mean, 2), rtol=1e-5)
+    else:
+        assert ((x > likelihood.low) & (x < likelihood.high)).all()
+        share = (common - likelihood.low) / (likelihood.high - likelihood.low)
+        np.testing.assert_allclose(share, special.expit(-2), rtol=1e-5)
 
 
 # --- x from grey levels ---------------------------------------------------------------------------

@@ -11,7 +11,15 @@ from numpyro import handlers
 from scipy import special
 
 from models.conditions import Values
-from models.networks import MLP, SCALE_FLOOR, GaussianMLP, PriorNetwork, network, softplus
+from models.networks import (
+    MLP,
+    SCALE_FLOOR,
+    GaussianMLP,
+    PriorNetwork,
+    gates,
+    network,
+    softplus,
+)
 
 SIZES = (3, 5, 4, 2)
 
@@ -283,6 +291,38 @@ def test_parameters_of_another_network_are_refused():
         handlers.substitute(program, {"net": seeds})(3)
     with pytest.raises(ValueError, match="expected parameters or a random key, got neither"):
         handlers.trace(program).get_trace(3)
+
+
+# --- gates ----------------------------------------------------------------------------------------
+
+
+def test_a_gate_takes_more_numbers_than_it_gives():
+    assert [gates(f) for f in (jax.nn.relu, jnp.tanh, softplus)] == [1, 1, 1]
+    assert gates(jax.nn.glu) == 2
+    assert gates(lambda h: jnp.split(h, 3, axis=-1)[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("activation", "got"), [(lambda h: h[..., :7], 7), (lambda h: h[..., :0], 0)]
+)
+def test_an_activation_of_other_lengths_is_refused(activation, got):
+    message = rf"^activation: expected as many numbers as it takes, .*, got {got} from 60; give"
+    with pytest.raises(ValueError, match=message) as caught:
+        MLP(SIZES, activation, "float32", rngs=nnx.Rngs(0))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_mlp_with_a_gate_is_its_first_half_times_the_sigmoid_of_its_second(x, rng):
+    module = built(lambda: MLP(SIZES, jax.nn.glu, "float32", rngs=nnx.Rngs(0)), rng)
+    params = pure(module)
+    assert [kernel.shape for kernel, _ in layers(params)] == [(3, 10), (5, 8), (4, 2)]
+
+    def gate(h):
+        first, second = np.split(h, 2, axis=-1)
+        return first * special.expit(second)
+
+    expected = forward(params, x, gate)
+    np.testing.assert_allclose(compiled(module)(x), expected, rtol=1e-5, atol=1e-5)
 
 
 # --- softplus -------------------------------------------------------------------------------------

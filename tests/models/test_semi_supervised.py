@@ -1,5 +1,7 @@
 """M2: a variational autoencoder with labels for some of the images."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,16 +83,17 @@ def test_all_labels_are_one_call_of_the_decoder(result, monkeypatch):
     assert set(rows) <= {N, K * N}  # NumPyro also looks at the programs without the sum
 
 
-def test_the_encoder_is_a_network_on_the_image_and_the_label(result):
+@pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.glu])
+def test_the_encoder_is_a_network_on_the_image_and_the_label(activation):
     """To look at the image once saves time and changes nothing."""
-    guide = result.guide
+    guide = semi_supervised.Guide(replace(MODEL, activation=activation))
     encoder = guide._encoder(nnx.Rngs(0))
     y = jnp.array([0, 2, 1, 1])
     loc, scale = encoder(jnp.asarray(X), y)
     first = encoder.trunk.mlp.layers[0]
     kernel = jnp.concatenate([first.kernel[...], encoder.label.kernel[...]])
     seen = jnp.concatenate([Bernoulli().view(jnp.asarray(X)), jax.nn.one_hot(y, K)], axis=1)
-    h = jax.nn.relu(seen @ kernel + first.bias[...])
+    h = activation(seen @ kernel + first.bias[...])
     expected = jnp.split(encoder.mlp(h), 2, axis=-1)[0]
     np.testing.assert_allclose(loc, expected, rtol=1e-5, atol=1e-6)
     every, _ = encoder(jnp.asarray(X), jnp.arange(K)[:, None])
@@ -99,7 +102,12 @@ def test_the_encoder_is_a_network_on_the_image_and_the_label(result):
 
 
 CONVOLUTIONS = {"x_shape": (4, 4), "channels": (8,), "likelihood": Gaussian()}
-CONDITION = {"condition": Labels(2), "prior": LearnedNormal((3,)), "likelihood": Normal()}
+CONDITION = {
+    "condition": Labels(2),
+    "prior": LearnedNormal((3,)),
+    "likelihood": Normal(),
+    "activation": jax.nn.glu,
+}
 
 
 @pytest.mark.parametrize(
