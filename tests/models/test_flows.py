@@ -26,6 +26,9 @@ FLOWS = {
     "neural-spline": guides.neural_spline,
 }
 every_flow = pytest.mark.parametrize("family", FLOWS)
+one_quick = pytest.mark.parametrize(  # the spline is the hardest; the others are slow tests
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "neural-spline")) for f in FLOWS]
+)
 NUM_CONTEXT = 3
 
 
@@ -225,7 +228,7 @@ def with_any_maps(guide, rng, x):
     return params | {n: anything(rng, p, 0.3) for n, p in params.items() if n == "z_flow"}
 
 
-@every_flow
+@one_quick
 def test_a_density_integrates_to_one(family, rng):
     """On two grids. The finer one is nearer to 1 than the two are to each other."""
     guide, x = FLOWS[family](plane, num_hidden=5), jnp.array([0.3])
@@ -253,10 +256,9 @@ def test_a_density_integrates_to_one(family, rng):
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param("mean-field", marks=pytest.mark.slow),
-        pytest.param("low-rank", marks=pytest.mark.slow),
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("mean-field", "low-rank")),
         "full-covariance",
-        *FLOWS,
+        *(pytest.param(f, marks=[pytest.mark.slow] * (f != "neural-spline")) for f in FLOWS),
     ],
 )
 def test_a_conditional_broadcasts_with_its_values(family, rng):
@@ -292,7 +294,7 @@ def test_a_map_of_a_batch_broadcasts(family, rng):
     np.testing.assert_allclose(back, jnp.broadcast_to(x, y.shape), atol=1e-3)
 
 
-@every_flow
+@one_quick
 def test_a_flow_starts_as_its_base(family):
     """Without its maps it has the same density."""
     guide, x = FLOWS[family](plane), jnp.array([0.3, -1.0])

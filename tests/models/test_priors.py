@@ -352,6 +352,7 @@ def vamp():
     return train(model, guide, table(), num_steps=20, num_seeds=2)
 
 
+@pytest.mark.slow
 def test_a_fit_with_a_vampprior_is_saved(vamp, tmp_path):
     assert vamp.elbo.shape[0] == 2
     assert np.isfinite(vamp.elbo).all()
