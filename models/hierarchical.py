@@ -326,8 +326,9 @@ class Joint:
         precision of a layer given x and the layers before it. A full covariance loses nothing.
 
         Args:
-            order: the layers in the order in which the guide draws them, from 1: (2, 1) for
-                ``guides.structured``, (1, 2) for ``BottomUp``. None for one mean field over all.
+            order: the layers in the order in which the guide draws them, from 1. It is (2, 1) for
+                ``guides.structured``. It is (1, 2) for ``BottomUp``, if the decoder sees z_1 alone.
+                None for one mean field over all.
         """
         ends = np.cumsum(self.sizes)
         parts = [np.arange(end - n, end) for end, n in zip(ends, self.sizes, strict=True)]
