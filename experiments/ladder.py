@@ -2,15 +2,15 @@
 
     python experiments/ladder.py --rung vae hvae vamp --num-epochs 5
 
-A rung is one word. It is a run of ``experiments/mnist_vae.py`` with the settings in ``RUNGS``, in a
-directory of its own below ``--out``. All rungs have the same data, epochs and draws of the judge,
-so their differences are paired, image by image. A command that was killed goes on where it was:
-finished rungs are read.
+A rung is one word. It stands for settings of ``experiments/mnist_vae.py``: ``RUNGS`` has them. Each
+rung is a run of that script, in its own directory below ``--out``. All rungs have the same data,
+epochs and draws of the judge. So their differences are paired, image by image. A command that was
+killed goes on where it was: finished rungs are read.
 
     runs.load("runs/ladder-20261124-101500/vamp").fit
 
-The default protocol is short, for two cores. ``--full`` has that of the papers, for a GPU. Some
-rungs are for ``--full`` alone.
+By default the trainings are short, for two cores. With ``--full`` they are as long as in the
+papers, for a GPU. Some rungs need ``--full``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -179,7 +179,9 @@ class Config(Machines):
     """Settings of the ladder.
 
     Attributes:
-        rung: Rungs to climb, one after the other. The file has them all, in RUNGS.
+        rung: Rungs to climb, one after the other: vae, iwae-5, iwae-50, hvae, vamp, hvamp, iaf,
+            spline, mixture, flow-prior, top-down, burda, burda-5, burda-50, burda-two, burda-two-5,
+            burda-two-50, conv, conv-hvae or conv-hvamp.
         dataset: Data set, as in mnist_vae.py: mnist, static-mnist, fashion-mnist, svhn, digits, the
             path of your own .npz, .npy or .csv file, or auto.
         data_dir: Directory with the data set's files, compressed or not, to read offline.
@@ -278,7 +280,7 @@ def _short(num_epochs: int) -> dict[str, Any]:
 def summarize(results: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """The numbers of ``ladder.json``: a row for each rung.
 
-    ``difference`` is that of the log-likelihood to the rung before, paired by image.
+    ``difference`` is what the log-likelihood gains over the rung before, paired by image.
 
     Args:
         results: what each ``result.json`` holds, by rung.

@@ -8,8 +8,8 @@ of latents. Each is drawn given the one above, and the image given the lowest:
     x | z_1, c        ~  likelihood(decoder(z_1, c))                        p(x | z_1, c)
 
 With ``skip`` the decoder sees all layers, z_1 to z_L (Tomczak & Welling 2018, section 4, with two
-layers). They give each layer a network of its own and join the outputs. Here one network takes all
-layers side by side.
+layers). Their decoder has a network for each layer, and joins what they give. Ours is one network.
+It takes all layers side by side.
 
 Every family of ``models.guides`` makes a guide in one call. Two guides are for this model alone:
 
@@ -81,7 +81,7 @@ class Layer:
 class Model(vae.Model):
     """The program p(x, z_1, ..., z_L | c). Without ``x`` it generates.
 
-    The fields are those of ``models.vae.Model``, and two more. Here ``num_latents`` counts z_1.
+    It has all fields of ``models.vae.Model``, and two more. Here ``num_latents`` counts z_1.
     ``hidden`` lies between z_1 and x. ``prior`` is the prior of z_L.
 
     Attributes:
@@ -326,7 +326,7 @@ class Joint:
         precision of a layer given x and the layers before it. A full covariance loses nothing.
 
         Args:
-            order: the layers in the order in which the guide draws them, from 1. It is (2, 1) for
+            order: which layer the guide draws first, which next, from 1. It is (2, 1) for
                 ``guides.structured``. It is (1, 2) for ``BottomUp``, if the decoder sees z_1 alone.
                 None for one mean field over all.
         """
