@@ -371,7 +371,12 @@ def ladder(summary: Mapping[str, Any]) -> Figure:
         (row["published"][0], i) for i, row in enumerate(rungs.values()) if row["published"]
     ]
     if published:
-        axes.plot(*zip(*published, strict=True), "x", color="black", label="published")
+        axes.plot(
+            *zip(*published, strict=True),
+            "x",
+            color="black",
+            label="published (sources: the table)",
+        )
     words = [f"{name}\n{RUNGS[name].words}" for name in rungs]
     axes.set_yticks(places, words, fontsize="small")
     axes.invert_yaxis()
@@ -381,7 +386,7 @@ def ladder(summary: Mapping[str, Any]) -> Figure:
         title=f"The ladder on {summary['dataset']}",
     )
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     return figure
 
 

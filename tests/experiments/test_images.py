@@ -9,7 +9,7 @@ from flax import nnx
 
 from experiments import images, mnist_cvae, mnist_vae, pictures, runs, svhn_vae
 from inference import DoublyReparameterized, FreeBits, KLWarmUp, StickingTheLanding, encode
-from models import vae
+from models import hierarchical, vae
 from models.conditions import Labels
 from models.likelihoods import (
     LIKELIHOODS,
@@ -18,7 +18,7 @@ from models.likelihoods import (
     NegativeBinomial,
     Normal,
 )
-from models.priors import LearnedNormal
+from models.priors import LearnedNormal, MixtureOfNormals, StandardNormal, VampPrior
 
 LONG_HERE = ("mnist_vae", "svhn_vae")
 FIGURES = {"elbo", "reconstructions", "samples", "latents", "interpolations"}
@@ -228,8 +228,24 @@ def test_a_preset_is_changed_by_the_settings_that_are_given(preset, digits):
 def test_a_preset_given_a_label(digits):
     plain = mnist_cvae.Config(preset="hericks").model(digits.record)
     assert plain == replace(vae.PRESETS["hericks"], x_shape=(8, 8), condition=Labels(10))
-    learned = mnist_cvae.Config(prior="learned", num_embedded=3).model(digits.record)
+    config = mnist_cvae.Config(prior="learned", num_embedded=3)
+    learned, _ = images.programs(config, digits.record, "fit", {})
     assert (learned.condition, learned.prior) == (Labels(10, 3), LearnedNormal())
+
+
+def test_priors_and_layers_by_their_names(digits):
+    settings = {"num_latents": 4, "above": (3, 2), "guide": "structured", "guide_hidden": 7}
+    config = mnist_cvae.Config(prior="vamp", num_components=5, activation="gated", **settings)
+    model, guide = images.programs(config, digits.record, "fit", {})
+    assert (model.sizes, model.skip, model.activation) == ((4, 3, 2), True, jax.nn.glu)
+    assert (model.prior, guide.num_hidden) == (VampPrior(guide, 5), 7)
+    assert guide.model == replace(model, prior=StandardNormal())
+    config = mnist_vae.Config(preset="burda-two-layers", guide="top-down", prior="mixture")
+    model, guide = images.programs(config, digits.record, "fit", {})
+    assert (model.sizes, model.prior) == ((100, 50), MixtureOfNormals(10))
+    assert isinstance(guide, hierarchical.TopDown)
+    with pytest.raises(ValueError, match=r"guide: expected a family for one .* add --above"):
+        images.programs(mnist_vae.Config(guide="bottom-up"), digits.record, "fit", {})
 
 
 @pytest.mark.parametrize("given_label", [False, True])
@@ -280,9 +296,15 @@ def test_what_the_model_cannot_take_is_refused_before_anything_is_written(shared
         ({"beta": -1.0}, "beta: expected a finite number from 0, got -1"),
         ({"free_bits": float("inf")}, "free_bits: expected a finite number from 0, got inf"),
         ({"free_bits": 0.1, "beta": 2.0}, "got KLWeighted.* --free-bits 0.1"),
-        ({"objective": "RenyiELBO", "kl_warm_up": 1.0}, "got RenyiELBO.* --kl-warm-up 1.0"),
+        (
+            {"objective": "RenyiELBO", "kl_warm_up": 1.0},
+            "got ImportanceWeighted.* --kl-warm-up 1.0",
+        ),
         ({"seed": -1}, "seed: expected at least 0, got -1"),
-        ({"prior": "flat"}, "prior: expected one of standard, learned, got 'flat'"),
+        ({"prior": "vamp", "encoder": "per-datum"}, "prior: expected another one with the encoder"),
+        ({"guide": "top-down", "encoder": "per-datum"}, "encoder: expected none with the guide"),
+        ({"guide": "top-down", "guide_hidden": 3}, "guide_hidden: expected none with the guide"),
+        ({"prior": "flat"}, "prior: expected one of standard, .*, got 'flat'"),
         ({"num_embedded": 0}, "num_embedded: expected at least 1, got 0"),
     ],
 )
