@@ -176,7 +176,9 @@ def test_weights_over_a_whole_batch_would_be_another_bound():
     assert bounds.mean() + ERRORS * bounds.std() / 20_000**0.5 < exact
 
 
-@pytest.mark.parametrize("programs", list(TWO))
+@pytest.mark.parametrize(
+    "programs", [pytest.param(name, marks=[pytest.mark.slow] * (name != "toy")) for name in TWO]
+)
 def test_one_particle_is_the_elbo(programs):
     (model, guide, data), params = TWO[programs]()
 
@@ -197,6 +199,7 @@ def test_one_particle_is_the_elbo(programs):
     np.testing.assert_allclose(landing[0], elbos[0][0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_with_two_layers_both_bounds_have_one_gradient():
     """Draw by draw they differ. The means over many draws agree, parameter by parameter."""
     programs, params = two_layers()

@@ -26,9 +26,6 @@ FLOWS = {
     "neural-spline": guides.neural_spline,
 }
 every_flow = pytest.mark.parametrize("family", FLOWS)
-one_quick = pytest.mark.parametrize(  # the spline is the hardest; the others are slow tests
-    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "neural-spline")) for f in FLOWS]
-)
 NUM_CONTEXT = 3
 
 
@@ -75,7 +72,7 @@ def measured(maps, x):
     return y, back, log_det, jax.vmap(jax.jacfwd(carry))(x)
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 5])
 @every_flow
 def test_a_map_has_the_jacobian_and_the_inverse_that_it_says(family, size, rng):
     """With 64 bits to 1e-9. With 32 bits, the inverse to rounding times its derivative."""
@@ -228,7 +225,8 @@ def with_any_maps(guide, rng, x):
     return params | {n: anything(rng, p, 0.3) for n, p in params.items() if n == "z_flow"}
 
 
-@one_quick
+@pytest.mark.slow
+@every_flow
 def test_a_density_integrates_to_one(family, rng):
     """On two grids. The finer one is nearer to 1 than the two are to each other."""
     guide, x = FLOWS[family](plane, num_hidden=5), jnp.array([0.3])
@@ -258,7 +256,7 @@ def test_a_density_integrates_to_one(family, rng):
     [
         *(pytest.param(f, marks=pytest.mark.slow) for f in ("mean-field", "low-rank")),
         "full-covariance",
-        *(pytest.param(f, marks=[pytest.mark.slow] * (f != "neural-spline")) for f in FLOWS),
+        *(pytest.param(f, marks=[pytest.mark.slow] * (f != "flow")) for f in FLOWS),
     ],
 )
 def test_a_conditional_broadcasts_with_its_values(family, rng):
@@ -294,7 +292,8 @@ def test_a_map_of_a_batch_broadcasts(family, rng):
     np.testing.assert_allclose(back, jnp.broadcast_to(x, y.shape), atol=1e-3)
 
 
-@one_quick
+@pytest.mark.slow
+@every_flow
 def test_a_flow_starts_as_its_base(family):
     """Without its maps it has the same density."""
     guide, x = FLOWS[family](plane), jnp.array([0.3, -1.0])
