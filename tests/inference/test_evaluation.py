@@ -358,6 +358,28 @@ def test_active_units_are_those_whose_mean_follows_the_data():
     np.testing.assert_allclose(error[0, 0], squares.std() / 3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_samples", [2, 9])
+def test_what_a_site_varies_by_the_draws_before_it_is_no_activity(num_samples):
+    def chain(x):
+        with numpyro.plate("rows", len(x)):
+            a = numpyro.sample("a", dist.Normal(0.0, 1.0).expand([len(x)]))
+            b = numpyro.sample("b", dist.Normal(a, 1.0))
+            numpyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def blind(x):
+        with numpyro.plate("rows", len(x)):
+            a = numpyro.sample("a", dist.Normal(0.0, 1.0).expand([len(x)]))
+            numpyro.sample("b", dist.Normal(a + 0.3 * x, 0.5))
+
+    x = np.random.default_rng(0).normal(size=2_000).astype(np.float32)
+    terms = elbo_terms(known(chain, blind, {}, {"x": x}), {"x": x}, num_samples=num_samples)
+    (variance, error), share = terms.activity["b"], 1 / num_samples
+    assert terms.z_loc["b"].var() > 0.09 + 0.8 * share  # the draws of a are in it
+    assert abs(variance[0, 0] - 0.3**2 * x.var()) < 4 * error[0, 0]
+    assert error[0, 0] < 0.5 * share
+    assert terms.activity["a"][0][0, 0] == 0
+
+
 # --- labels ---------------------------------------------------------------------------------------
 
 
