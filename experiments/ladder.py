@@ -260,7 +260,10 @@ class Config(Machines):
             protocol = dict(rung.protocol) if self.full else _short(own.get("num_epochs", 20))
             vamp = rung.settings.get("prior") == "vamp"
             pseudo = {"num_components": self.num_components} if vamp else {}
-            found[name] = self.common() | protocol | own | dict(rung.settings) | pseudo
+            protocol |= own
+            if "kl_warm_up" not in own:  # a short training warms up over all of its epochs at most
+                protocol["kl_warm_up"] = float(min(protocol["kl_warm_up"], protocol["num_epochs"]))
+            found[name] = self.common() | protocol | dict(rung.settings) | pseudo
         return found
 
 

@@ -59,6 +59,7 @@ def test_the_protocols():
     assert "num_components" not in full["vae"]
     given = Config(full=True, rung=("burda",), num_epochs=3, batch_size=7).settings()["burda"]
     assert (given["num_epochs"], given["batch_size"]) == (3, 7)
+    assert Config(full=True, num_epochs=3).settings()["vae"]["kl_warm_up"] == 3
 
 
 def test_a_rung_is_the_same_after_any_other(monkeypatch, tmp_path):
