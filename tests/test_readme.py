@@ -335,7 +335,7 @@ def test_python_of_a_slow_section(page, tmp_path):
 
 # Scripts that take long here, and that tests/experiments runs too.
 LONG = ("mnist_quadrants.py", "svhn_vae.py", "linear_gaussian.py", "mnist_cvae.py", "compare.py")
-LONG += ("exact.py", "train.py", "diagnose.py", "certify.py", "mnist_semi.py")
+LONG += ("exact.py", "train.py", "diagnose.py", "certify.py", "mnist_semi.py", "ladder.py")
 
 
 def write_own_files(page, directory):

@@ -282,7 +282,7 @@ def test_pieces_change_neither_the_value_nor_the_gradient(programs, pieces, at_o
     "build",
     [
         ImportanceWeighted,
-        DoublyReparameterized,
+        pytest.param(DoublyReparameterized, marks=pytest.mark.slow),
         pytest.param(ReweightedWakeSleep, marks=pytest.mark.slow),
         pytest.param(StickingTheLanding, marks=pytest.mark.slow),
     ],

@@ -306,17 +306,9 @@ def train(model, guide, data, num_steps=3, **settings):
     return fit(model, guide, data, num_steps=num_steps, progress=False, **settings)
 
 
-QUICK = [("vamp", LABELS)]
-
-
-@pytest.mark.parametrize(
-    ("name", "condition"),
-    [
-        pytest.param(name, c, marks=[] if (name, c) in QUICK else [pytest.mark.slow])
-        for name in PRIORS
-        for c in (None, LABELS)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", [None, LABELS])
+@pytest.mark.parametrize("name", PRIORS)
 def test_judges_and_generators_take_every_prior(name, condition):
     (model, guide), data = small(name, condition), table(condition)
     assert isinstance(model.prior, Prior)
