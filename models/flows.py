@@ -140,6 +140,11 @@ class Coupling(Conditional):
         return (self.mlp, self.context), (("mlp", "context"), {"kept": self.kept})
 
 
+def every_other(layer: int, size: int) -> tuple[bool, ...]:
+    """What a coupling keeps: the even dimensions of ``size`` if ``layer`` is even, or the odd."""
+    return tuple(dim % 2 == layer % 2 for dim in range(size))
+
+
 class AffineCoupling(Coupling):
     """The coupling y = x exp(s) + t. The scale exp(s) stays between e^-2 and e^2.
 

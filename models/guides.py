@@ -17,8 +17,8 @@
 
 Mean field, low rank, full covariance and flow are ordered: each contains the one before it. So the
 best ELBO cannot fall from one to the next. ``neural_spline`` contains the full covariance, and
-``inverse_autoregressive`` contains the mean field. No flow contains another one. The
-maps of a flow depend on (x, c).
+``inverse_autoregressive`` contains the mean field. No flow contains another one. The maps of a flow
+depend on (x, c).
 
 A guide is a NumPyro program with the model's arguments, called by keyword: ``guide(x=x)`` or
 ``guide(c=c, x=x)``. A family finds the latent sites by an abstract run of the model. A site in the
@@ -78,8 +78,9 @@ from models.flows import (
     Made,
     SplineCoupling,
     Stack,
+    every_other,
 )
-from models.networks import MLP, network, positive, still
+from models.networks import MLP, check_at_least, network, positive, still
 
 GLOBALS = ("mean_field", "full_covariance")
 NARROW = math.log(2**0.1 - 1)  # softplus(NARROW) = softplus(0) / 10
@@ -411,7 +412,7 @@ class Structured(MeanField):
         super().__post_init__()
         if self.direction not in ("model", "reversed"):
             raise ValueError(f"order: expected model or reversed, got {self.direction!r}")
-        _check_at_least(1, self, "num_hidden")
+        check_at_least(1, self, "num_hidden")
 
     def order(self, names: list[str]) -> list[str]:
         """The order in which local sites are drawn."""
@@ -526,12 +527,6 @@ def full_covariance(
     return FullCovariance(model, encoder, globals)
 
 
-def _check_at_least(least: int, guide: Any, *names: str) -> None:
-    for name in names:
-        if getattr(guide, name) < least:
-            raise ValueError(f"{name}: expected at least {least}, got {getattr(guide, name)}")
-
-
 @dataclass(frozen=True)
 class LowRank(Chain):
     """The family q(u | x, c) = Normal(u; loc, F F^T + diag(scale^2)).
@@ -547,7 +542,7 @@ class LowRank(Chain):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_at_least(1, self, "rank")
+        check_at_least(1, self, "rank")
 
     def sizes(self, block: Block, before: int) -> dict[str, int]:
         """For loc, for scale and for the rows of F."""
@@ -628,7 +623,7 @@ class Transformed(Chain):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_at_least(1, self, "num_layers", "num_hidden")
+        check_at_least(1, self, "num_layers", "num_hidden")
 
     # --- what a family says
 
@@ -690,11 +685,6 @@ class Transformed(Chain):
         return dist.TransformedDistribution(self.carried(base, maps), [units])
 
 
-def _kept(layer: int, size: int) -> tuple[bool, ...]:
-    """The dimensions that a coupling keeps: the odd and the even ones in turn, counted from 0."""
-    return tuple(dim % 2 == layer % 2 for dim in range(size))
-
-
 @dataclass(frozen=True)
 class Flow(Transformed):
     """The family u = T(v; x, c) with v of the full covariance and T a stack of affine couplings."""
@@ -707,7 +697,7 @@ class Flow(Transformed):
 
     def map(self, layer: int, size: int, net: Any, context: Array) -> AffineCoupling:
         """An affine coupling."""
-        return AffineCoupling(net, context, _kept(layer, size))
+        return AffineCoupling(net, context, every_other(layer, size))
 
 
 def flow(
@@ -782,7 +772,7 @@ def inverse_autoregressive(
 class NeuralSpline(Transformed):
     """The family u = loc + L S(e; x, c) with e ~ Normal(0, I) and S a stack of spline couplings.
 
-    loc and L are those of the full covariance. The splines act on its noise and not on its draws.
+    The full covariance gives loc and L. The splines act on its noise and not on its draws.
     There q is about as wide as their bins, however narrow the posterior is.
 
     Attributes:
@@ -796,7 +786,7 @@ class NeuralSpline(Transformed):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_at_least(2, self, "num_bins")
+        check_at_least(2, self, "num_bins")
 
     def network(self, layer: int, size: int, num_context: int, rngs: nnx.Rngs) -> MLP:
         """From the kept dimensions and the context to a spline for each dimension."""
@@ -805,7 +795,7 @@ class NeuralSpline(Transformed):
 
     def map(self, layer: int, size: int, net: Any, context: Array) -> SplineCoupling:
         """A spline coupling."""
-        return SplineCoupling(net, context, _kept(layer, size))
+        return SplineCoupling(net, context, every_other(layer, size))
 
     def carried(self, base: Any, maps: list[Any]) -> dist.TransformedDistribution:
         """The base's noise through the maps, and then through the base's own."""
@@ -890,7 +880,7 @@ class SemiAmortised(MeanField):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_at_least(1, self, "num_steps", "num_pairs")
+        check_at_least(1, self, "num_steps", "num_pairs")
         if not 0 < self.step_size <= 1:
             raise ValueError(f"step_size: expected above 0 and at most 1, got {self.step_size}")
 

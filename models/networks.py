@@ -514,6 +514,15 @@ def check_sizes(
         raise ValueError(f'dtype: expected "float32" or "bfloat16", got {dtype!r}')
 
 
+def check_at_least(least: int, config: Any, *names: str) -> None:
+    """Raises ValueError if one of the fields ``names``, or a number in it, is below ``least``."""
+    for name in names:
+        value = getattr(config, name)
+        several = value if isinstance(value, tuple) else (value,)
+        if any(n < least for n in several):
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
 def check_shape(x: Any, x_shape: Sequence[int], field: str = "x_shape") -> None:
     """Refuses data of another shape.
 

@@ -46,9 +46,9 @@ from numpyro.primitives import Messenger
 
 from models.conditions import Condition
 from models.densities import Folded
-from models.flows import AffineCoupling, Stack
+from models.flows import AffineCoupling, Stack, every_other
 from models.likelihoods import Likelihood
-from models.networks import MLP, Activation, network, positive, still
+from models.networks import MLP, Activation, check_at_least, network, positive, still
 
 UNIT = math.log(math.e - 1)  # softplus(UNIT) = 1
 
@@ -142,14 +142,6 @@ def _from_condition(
     return network("prior", build)(c)
 
 
-def _check(prior: Any, *names: str, least: int = 1) -> None:
-    for name in names:
-        value = getattr(prior, name)
-        several = value if isinstance(value, tuple) else (value,)
-        if any(n < least for n in several):
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
-
-
 # --- Normals --------------------------------------------------------------------------------------
 
 
@@ -180,7 +172,7 @@ class LearnedNormal:
     hidden: tuple[int, ...] = ()
 
     def __post_init__(self):
-        _check(self, "hidden")
+        check_at_least(1, self, "hidden")
 
     def __call__(self, setting: Setting, c: Any = None) -> dist.Distribution:
         """Normal(loc(c), scale(c)^2)."""
@@ -208,7 +200,7 @@ class MixtureOfNormals:
     hidden: tuple[int, ...] = ()
 
     def __post_init__(self):
-        _check(self, "num_components", "hidden")
+        check_at_least(1, self, "num_components", "hidden")
 
     def __call__(self, setting: Setting, c: Any = None) -> dist.Distribution:
         """The mixture."""
@@ -243,8 +235,8 @@ class FlowPrior:
     num_hidden: int = 64
 
     def __post_init__(self):
-        _check(self, "num_layers", least=0)
-        _check(self, "num_hidden")
+        check_at_least(0, self, "num_layers")
+        check_at_least(1, self, "num_hidden")
 
     def __call__(self, setting: Setting, c: Any = None) -> dist.Distribution:
         """The distribution of the flow's end."""
@@ -259,7 +251,7 @@ class FlowPrior:
         flow = network("prior", build)
         context, nets = flow.context(c), flow.couplings.layers
         maps: list[Any] = [
-            AffineCoupling(net, context, tuple(dim % 2 == i % 2 for dim in range(size)))
+            AffineCoupling(net, context, every_other(i, size))
             for i, net in enumerate(cast(list[MLP], nets))
         ]
         return dist.TransformedDistribution(base.expand(context.shape[:-1]), maps)
@@ -308,7 +300,7 @@ class VampPrior:
     num_components: int = 500
 
     def __post_init__(self):
-        _check(self, "num_components")
+        check_at_least(1, self, "num_components")
 
     def __call__(self, setting: Setting, c: Any = None) -> dist.Distribution:
         """The mixture. The guide's parameters become sites of the program that calls it."""
