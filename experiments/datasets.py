@@ -385,8 +385,7 @@ class Source:
     """A public data set.
 
     Attributes:
-        sums: the SHA-256 of each file, not compressed. If two files hold training images, those of
-            the first come first.
+        sums: the SHA-256 of each file, not compressed. Images come in the order of their files.
         test: what the names of the test set's files begin with. The others are for training.
         read: gives the arrays that a file holds, ``x``, ``c`` or both.
         mirrors: addresses of the files, with {} for a file's name.

@@ -737,7 +737,7 @@ def _mean_terms(
 def _half_difference(draws: Float[Array, "draw N z"]) -> Float[Array, "1 N z"]:
     """Half the difference of the means of two halves of the draws. Zero for a single draw.
 
-    Its variance by the draws is that of the mean over all.
+    It varies by the draws as much as the mean over all draws does.
     """
     half = len(draws) // 2
     if not half:

@@ -8,7 +8,7 @@ The objectives in this file also work in NumPyro's ``SVI``.
 | object                    | its gradient                                                     |
 |---------------------------|------------------------------------------------------------------|
 | ``StickingTheLanding``    | the ELBO's, without noise where the guide is the posterior       |
-| ``ImportanceWeighted``    | that of NumPyro's ``RenyiELBO``, for many particles too          |
+| ``ImportanceWeighted``    | NumPyro's ``RenyiELBO``, and its memory does not grow with K     |
 | ``DoublyReparameterized`` | the importance-weighted bound's, of use to the guide for every K |
 | ``KLWeighted``            | an ELBO's, with beta times the divergence (a beta-VAE)           |
 | ``KLWarmUp``              | the same, and beta rises to 1 while training warms up            |

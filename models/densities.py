@@ -1,4 +1,4 @@
-"""Densities that NumPyro lacks: a Normal by its Cholesky factor, and one whose batch is folded."""
+"""Densities that NumPyro lacks: a Normal by its Cholesky factor, and ``Folded``."""
 
 from typing import Any
 

@@ -75,7 +75,7 @@ class Likelihood(Protocol):
         ...
 
     def from_real(self, numbers: Array) -> Array:
-        """x, or what a guide takes for it, from any real numbers. 0 stands for a common x."""
+        """Makes an x from any real numbers, for a guide to look at. 0 gives a common x."""
         ...
 
     def __call__(self, outputs: Float[Array, "N k ..."]) -> dist.Distribution:
